@@ -1,0 +1,64 @@
+"""Reference of ``moe_kernels.expert_choice``."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels.backends.reference.affinity import (
+    compute_affinity,
+    divide_by_sum,
+    invert_rows,
+    ranking_key,
+)
+from moe_kernels.plan import RoutingPlan
+
+
+def expert_choice(
+    router_logits: Tensor,
+    *,
+    capacity: int,
+    num_groups: int,
+    affinity: str,
+    normalize: str,
+    scale: float,
+) -> RoutingPlan:
+    """Each expert takes its ``capacity`` best tokens of every group; rows lie (E, G, C)."""
+    num_tokens, num_experts = router_logits.shape
+    group_size = num_tokens // num_groups
+    device = router_logits.device
+    router_probs = compute_affinity(router_logits, affinity)
+
+    columns = router_probs.view(num_groups, group_size, num_experts).permute(2, 0, 1)  # (E, G, S)
+    best = torch.sort(ranking_key(columns), dim=-1, descending=True, stable=True).indices
+    chosen = best[..., :capacity].sort(dim=-1).values  # (E, G, C), in token order
+    group_start = torch.arange(num_groups, device=device).view(1, -1, 1) * group_size
+    token_indices = (chosen + group_start).flatten().int()
+    weights = columns.gather(2, chosen).flatten()
+    if normalize == "per_token":
+        # Summed over a dense (T, E) mask, so that no order of additions is left to chance.
+        expert_of_row = torch.arange(num_experts, device=device).repeat_interleave(
+            num_groups * capacity
+        )
+        held = torch.zeros_like(router_probs, dtype=torch.bool)
+        held = held.index_put((token_indices, expert_of_row), held.new_ones(()))
+        sums = torch.where(held, router_probs, 0.0).sum(dim=-1)
+        weights = divide_by_sum(weights, sums.gather(0, token_indices.long()))
+
+    row_indices, row_offsets = invert_rows(token_indices, num_tokens)
+    rows = num_groups * capacity
+    return RoutingPlan(
+        router="expert_choice",
+        affinity=affinity,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        num_groups=num_groups,
+        top_k=None,
+        capacity=capacity,
+        router_logits=router_logits,
+        router_probs=router_probs,
+        routing_weights=weights * scale,
+        token_indices=token_indices,
+        expert_offsets=torch.arange(num_experts + 1, dtype=torch.int32, device=device) * rows,
+        tokens_per_expert=torch.full((num_experts,), rows, dtype=torch.int32, device=device),
+        row_indices=row_indices,
+        row_offsets=row_offsets,
+    )

@@ -1,0 +1,31 @@
+"""Activation checkpointing that saves the routing instead of recomputing it."""
+
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+# Every selection of the reference is a sort; all other index tensors follow from its result.
+_ROUTING_OPS = (
+    torch.ops.aten.sort.default,
+    torch.ops.aten.sort.stable,
+    torch.ops.aten.argsort.stable,
+    torch.ops.aten.topk.default,
+)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op in _ROUTING_OPS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_routing_context_fn() -> tuple[Any, Any]:
+    """Contexts for ``torch.utils.checkpoint.checkpoint(..., context_fn=save_routing_context_fn)``.
+
+    A recomputed forward may round differently (other kernels, other fusion) and then choose other
+    tokens than the forward did, which silently corrupts gradients. With these contexts the chosen
+    indices are saved, a few bytes a token, and only the floating-point work is recomputed. Needs
+    ``use_reentrant=False``.
+    """
+    return create_selective_checkpoint_contexts(_policy)

@@ -1,0 +1,5 @@
+"""Entry point of setuptools; everything declarative lives in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
