@@ -1,0 +1,211 @@
+"""The one transformer of all three families; a family only fills the FFN slot of its blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import moe_kernels as mk
+from dit_models.block import BlockInput, DiTBlock, FinalLayer
+from dit_models.embeddings import (
+    LabelEmbedder,
+    PatchEmbedder,
+    PooledTextEmbedder,
+    TimestepEmbedder,
+    grid_of,
+    sincos_positions,
+    unpatchify,
+)
+from dit_models.model_config import ModelConfig
+from dit_models.outputs import DiTOutput
+
+
+class DiT(nn.Module):
+    """Diffusion transformer over latents, with classes, text, both or neither.
+
+    Args:
+        config: shape of the model.
+        ffn: ``ffn(block_index)`` makes the FFN of block ``block_index`` (from 0), on ``device``
+            and in ``dtype``.
+        device, dtype: where the parameters are made; "meta" takes no memory.
+
+    Attributes:
+        config: the ``ModelConfig``.
+        gradient_checkpointing: in training, recompute each block in the backward pass; the
+            routing decisions are saved, not recomputed.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ffn: Callable[[int], nn.Module],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        size = config.hidden_size
+        self.x_embedder = PatchEmbedder(config.in_channels, size, config.patch_size, **factory)
+        self.t_embedder = TimestepEmbedder(size, config.time_scale, **factory)
+        self.y_embedder = (
+            LabelEmbedder(config.num_classes, size, **factory) if config.num_classes else None
+        )
+        self.text_embedder = (
+            PooledTextEmbedder(config.text_dim, size, **factory) if config.text_dim else None
+        )
+        side = config.image_size // config.patch_size
+        positions = sincos_positions(size, side, side, **factory)
+        self.register_buffer("pos_embed", positions, persistent=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                size,
+                config.num_heads,
+                config.num_kv_heads,
+                ffn=ffn(index),
+                text_dim=config.text_dim,
+                qkv_bias=config.qkv_bias,
+                qk_norm=config.qk_norm,
+                **factory,
+            )
+            for index in range(config.depth)
+        )
+        self.final_layer = FinalLayer(size, config.patch_size, config.out_channels, **factory)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> DiTOutput:
+        """Predict from noisy latents.
+
+        Args:
+            latents: (B, C, H, W) floating point; H and W are any multiples of the patch size.
+            timesteps: (B,) floating point, in the unit that ``config.time_scale`` is for.
+            labels: (B,) int64, for a model with classes; ``config.num_classes`` = no class.
+            text: (B, L, text_dim) floating point, for a model with text.
+            text_mask: (B, L) bool, True where ``text`` holds a token; ``None`` = everywhere.
+
+        Returns:
+            ``DiTOutput``: the sample (B, out_channels, H, W) in the dtype of ``latents`` and the
+            plans of the MoE layers, in order.
+
+        Raises:
+            ValueError: a shape that does not fit, or a condition missing or not expected.
+        """
+        self._check(latents, timesteps, labels, text, text_mask)
+        rows, columns = grid_of(latents.shape[2], latents.shape[3], self.config.patch_size)
+        dtype = self.x_embedder.proj.weight.dtype
+        if text is not None:
+            text = text.to(dtype)
+            if text_mask is not None:
+                # Whatever the padding holds: an attention weight of 0 times NaN would spread.
+                text = torch.where(text_mask[:, :, None], text, torch.zeros_like(text))
+        conditioning = self._conditioning(timesteps, labels, text, text_mask)
+        context = BlockInput(conditioning, text, text_mask)
+
+        x = self.x_embedder(latents.to(dtype)) + self._positions(rows, columns)
+        plans = []
+        for block in self.blocks:
+            x, plan = self._run_block(block, x, context)
+            if plan is not None:
+                plans.append(plan)
+        patches = self.final_layer(x, conditioning)
+        sample = unpatchify(patches, rows, columns, self.config.patch_size)
+        return DiTOutput(sample.to(latents.dtype), tuple(plans))
+
+    def reset_parameters(self) -> None:
+        """Initialise everything again, the FFN slots and the positions included.
+
+        Xavier uniform on Linear layers with zero biases, normal 0.02 on the timestep MLP and the
+        label table, zeros on adaLN, the cross-attention's output and the final layer: a new model
+        predicts exactly 0.
+        """
+        for module in self.children():
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                part.reset_parameters()  # type: ignore[operator]
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Compute the stored positions again (they are in no checkpoint)."""
+        side = self.config.image_size // self.config.patch_size
+        self.pos_embed.copy_(sincos_positions(self.config.hidden_size, side, side))
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> "DiT":
+        """As ``nn.Module.to_empty``, but with valid positions, which no checkpoint restores."""
+        super().to_empty(device=device, recurse=recurse)
+        self.reset_buffers()
+        return self
+
+    def _run_block(
+        self, block: nn.Module, x: Tensor, context: BlockInput
+    ) -> tuple[Tensor, mk.RoutingPlan | None]:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return block(x, context)
+        return checkpoint(
+            block, x, context, use_reentrant=False, context_fn=mk.save_routing_context_fn
+        )
+
+    def _conditioning(
+        self, timesteps: Tensor, labels: Tensor | None, text: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """(B, D): the sum of the embedded timestep, label and pooled text."""
+        conditioning = self.t_embedder(timesteps)
+        if self.y_embedder is not None:
+            conditioning = conditioning + self.y_embedder(labels)
+        if self.text_embedder is not None:
+            conditioning = conditioning + self.text_embedder(text, mask)
+        return conditioning
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        side = self.config.image_size // self.config.patch_size
+        if (rows, columns) == (side, side):
+            return self.pos_embed
+        stored = self.pos_embed
+        return sincos_positions(
+            self.config.hidden_size, rows, columns, device=stored.device, dtype=stored.dtype
+        )
+
+    def _check(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> None:
+        config = self.config
+        if latents.ndim != 4 or latents.shape[1] != config.in_channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}: "
+                f"expected (B, {config.in_channels}, H, W)"
+            )
+        batch_size = latents.shape[0]
+        _check_condition("timesteps", timesteps, (batch_size,), True)
+        _check_condition("labels", labels, (batch_size,), config.num_classes > 0)
+        seq_len = text.shape[1] if text is not None and text.ndim == 3 else -1
+        _check_condition("text", text, (batch_size, seq_len, config.text_dim), config.text_dim > 0)
+        if text_mask is not None:
+            _check_condition("text_mask", text_mask, (batch_size, seq_len), text is not None)
+            if text_mask.dtype != torch.bool:
+                raise ValueError(f"text_mask has dtype {text_mask.dtype}: expected torch.bool")
+
+
+def _check_condition(
+    name: str, value: Tensor | None, shape: tuple[int, ...], expected: bool
+) -> None:
+    if expected and value is None:
+        raise ValueError(f"{name}=None: this model is conditioned on {name}, pass it")
+    if not expected and value is not None:
+        raise ValueError(f"{name} given to a model without it: pass None")
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape}")

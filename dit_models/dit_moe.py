@@ -1,0 +1,36 @@
+"""DiT-MoE (arXiv 2407.11633): token choice with a shared expert in the FFN slot."""
+
+from typing import Any
+
+from torch import nn
+
+import moe_kernels as mk
+from dit_models.backbone import DiT
+from dit_models.dit import dense_ffn
+from dit_models.model_config import ModelConfig
+from dit_models.moe_ffn import moe_ffn
+
+
+def dit_moe_ffn(config: ModelConfig, block_index: int, **factory: Any) -> nn.Module:
+    """FFN of block ``block_index`` (from 0): each token takes its ``top_k`` best experts.
+
+    In the published models every block is MoE: bias-free SwiGLU experts of width 4 D, one shared
+    SwiGLU expert of width 2 D, softmax over the experts, top 2, weights not renormalised.
+    """
+    if block_index not in config.moe_blocks:
+        return dense_ffn(config, **factory)
+    router = mk.TokenChoiceRouter(
+        config.hidden_size,
+        config.num_experts,
+        top_k=config.top_k,
+        affinity=config.affinity,
+        normalize=config.normalize,
+        scale=config.routing_scale,
+        **factory,
+    )
+    return moe_ffn(config, router, **factory)
+
+
+def build_dit_moe(config: ModelConfig, **factory: Any) -> DiT:
+    """A DiT-MoE; ``factory`` is device and dtype."""
+    return DiT(config, lambda index: dit_moe_ffn(config, index, **factory), **factory)
