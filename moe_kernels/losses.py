@@ -3,11 +3,16 @@
 from torch import Tensor
 
 from moe_kernels.backends import resolve
+from moe_kernels.checks import check_shape
 from moe_kernels.plan import RoutingPlan
 
 
 def load_balance_loss(
-    plan: RoutingPlan, *, per_sequence: bool = False, backend: str | None = None
+    plan: RoutingPlan,
+    *,
+    per_sequence: bool = False,
+    tokens_per_expert: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Penalise experts that are both probable and busy: ``Σ_e f_e · P_e``.
 
@@ -20,14 +25,29 @@ def load_balance_loss(
         plan: the routing of one layer.
         per_sequence: compute f and P inside each of the plan's ``num_groups`` sequences and
             average, instead of pooling the micro-batch.
+        tokens_per_expert: (E,) counts to take f from, when the pool is larger than this plan (all
+            micro-batches of a step, or all ranks); the mean of such losses over equal plans is the
+            loss of the large batch, gradient included. Not together with ``per_sequence``.
         backend: name of a backend; ``None`` lets the resolver choose.
 
     Returns:
         A scalar tensor in the precision of the logits (not multiplied by any coefficient).
 
+    Raises:
+        ValueError: ``tokens_per_expert`` of another length, or given with ``per_sequence``.
+
     Source: DiT-MoE (arXiv 2407.11633), balance loss, without its factor alpha.
     """
-    return resolve("load_balance_loss", plan.router_logits.device, backend)(plan, per_sequence)
+    if tokens_per_expert is not None:
+        expected = (plan.num_experts,)
+        check_shape("tokens_per_expert", tokens_per_expert, expected, "(num_experts,)")
+        if per_sequence:
+            raise ValueError(
+                "tokens_per_expert is given with per_sequence=True; counts of a larger pool say "
+                "nothing about single sequences. Give only one."
+            )
+    run = resolve("load_balance_loss", plan.router_logits.device, backend)
+    return run(plan, per_sequence, tokens_per_expert)
 
 
 def router_z_loss(plan: RoutingPlan, *, backend: str | None = None) -> Tensor:

@@ -107,6 +107,16 @@ CASES = {
         lambda: mk.grouped_gemm(torch.zeros(16, 6).half(), W_IN, PLAN.expert_offsets),
         "expected one dtype",
     ),
+    "loss counts": (
+        lambda: mk.load_balance_loss(PLAN, tokens_per_expert=torch.zeros(3)),
+        "tokens_per_expert has shape (3,); expected (4,)",
+    ),
+    "loss pools": (
+        lambda: mk.load_balance_loss(
+            PLAN, per_sequence=True, tokens_per_expert=PLAN.tokens_per_expert
+        ),
+        "Give only one",
+    ),
     "layer rank": (lambda: mk.MoE(6, 8, 4)(X), "x has shape (8, 6); expected 3 dimensions"),
     "layer width": (
         lambda: mk.MoE(6, 8, 4)(torch.zeros(1, 8, 5)),

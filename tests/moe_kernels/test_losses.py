@@ -49,6 +49,23 @@ def test_load_balance_is_one_when_uniform_and_num_experts_when_collapsed():
     )
 
 
+def test_counts_of_all_micro_batches_give_the_loss_of_the_large_batch():
+    logits = make_logits(32, 4, dtype=torch.float64).requires_grad_()
+    whole = mk.token_choice(logits, 2)
+    expected = mk.load_balance_loss(whole)
+    parts = [mk.token_choice(part, 2) for part in logits.chunk(4)]
+    counts = sum(part.tokens_per_expert for part in parts)
+    assert torch.equal(counts, whole.tokens_per_expert)
+    losses = [mk.load_balance_loss(part, tokens_per_expert=counts) for part in parts]
+    mean = torch.stack(losses).mean()
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(mean, logits)[0], torch.autograd.grad(expected, logits)[0]
+    )
+    pooled_apart = torch.stack([mk.load_balance_loss(part) for part in parts]).mean()
+    assert abs(float((pooled_apart - expected).detach())) > 1e-4  # the counts do matter
+
+
 def test_z_loss_follows_the_formula():
     logits = make_logits(24, 4, dtype=torch.float64)
     expected = torch.log(torch.exp(logits).sum(-1)).square().mean()

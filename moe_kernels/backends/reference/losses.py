@@ -22,12 +22,17 @@ def selection_mask(plan: RoutingPlan) -> Tensor:
     return mask.index_put((plan.token_indices, plan.expert_of_row), mask.new_ones(()))
 
 
-def load_balance_loss(plan: RoutingPlan, per_sequence: bool) -> Tensor:
+def load_balance_loss(
+    plan: RoutingPlan, per_sequence: bool, tokens_per_expert: Tensor | None
+) -> Tensor:
     """Mean over pools of sum_e f_e P_e; one pool, or one for each sequence."""
     pools = plan.num_groups if per_sequence else 1
     probs = routing_distribution(plan).view(pools, plan.num_tokens // pools, plan.num_experts)
-    rows = selection_mask(plan).view_as(probs).sum(dim=1)  # (pools, E)
-    frequency = rows * (plan.num_experts * pools / max(plan.num_rows, 1))
+    if tokens_per_expert is None:
+        rows = selection_mask(plan).view_as(probs).sum(dim=1)  # (pools, E)
+    else:
+        rows = tokens_per_expert.to(probs.dtype).unsqueeze(0)
+    frequency = rows * (plan.num_experts / rows.sum(dim=1, keepdim=True).clamp_min(1))
     mean_prob = probs.sum(dim=1) * (pools / max(plan.num_tokens, 1))
     return (frequency * mean_prob).sum() / pools
 

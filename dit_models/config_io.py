@@ -1,0 +1,121 @@
+"""From recipe, YAML file and ``key=value`` words to a checked ``TrainConfig``, and back."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_models.atomic import write_text
+from dit_models.config import TrainConfig
+from dit_models.extras import require
+from dit_models.recipes import RECIPES
+
+
+def build_config(
+    recipe: str, file: str | Path | None = None, overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """Merge a recipe, a YAML file and ``key=value`` overrides, later ones winning.
+
+    Args:
+        recipe: a name of ``recipes.RECIPES``.
+        file: YAML with (some of) the fields of ``TrainConfig``.
+        overrides: words such as ``optimizer.lr=3e-4``.
+
+    Raises:
+        ValueError: unknown recipe or field, unreadable file, a value of the wrong type or range.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}; expected one of {', '.join(RECIPES)}.")
+    omegaconf = require("omegaconf", extra="train")
+    merged = omegaconf.OmegaConf.structured(RECIPES[recipe]())
+    for layer in _layers(omegaconf, file, overrides):
+        try:
+            merged = omegaconf.OmegaConf.merge(merged, layer)
+        except omegaconf.errors.OmegaConfBaseException as error:
+            raise ValueError(_explain(error)) from error
+    config: TrainConfig = omegaconf.OmegaConf.to_object(merged)
+    return config.validate()
+
+
+def _layers(omegaconf: Any, file: str | Path | None, overrides: Sequence[str]) -> Iterator[Any]:
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise ValueError(f"--config {path}: no such file.")
+        try:
+            yield omegaconf.OmegaConf.load(path)
+        except Exception as error:  # the YAML parser has its own exception tree
+            raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not an override; expected key=value, e.g. steps=2000.")
+    yield omegaconf.OmegaConf.from_dotlist(list(overrides))
+
+
+def _explain(error: Any) -> str:
+    key = getattr(error, "full_key", None) or str(getattr(error, "key", ""))
+    known = [name for name, _, _ in fields_of(TrainConfig())]
+    if key and key not in known and key.split(".")[0] != "model_options":
+        close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        return (
+            f"the config has no field {key!r}{hint}. All of them: python -m dit_models.train --help"
+        )
+    return f"{key}: {str(error).splitlines()[0]}"
+
+
+def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted name, value, help) of every field, nested ones included."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value, item.metadata["help"]
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration as YAML."""
+    omegaconf = require("omegaconf", extra="train")
+    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.structured(config))
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration, atomically."""
+    write_text(path, to_yaml(config))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a configuration that ``save_config`` wrote.
+
+    Raises:
+        ValueError: missing file, or content that is not a ``TrainConfig``.
+    """
+    omegaconf = require("omegaconf", extra="train")
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; is {path.parent} the folder of a run?")
+    try:
+        merged = omegaconf.OmegaConf.merge(
+            omegaconf.OmegaConf.structured(TrainConfig()), omegaconf.OmegaConf.load(path)
+        )
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {_explain(error)}") from error
+    config: TrainConfig = omegaconf.OmegaConf.to_object(merged)
+    return config.validate()
+
+
+def help_text() -> str:
+    """Every field with its default and what it means."""
+    rows = [(f"{name}={_plain(value)}", text) for name, value, text in fields_of(TrainConfig())]
+    lines = ["fields (key=default; a recipe may set another default):"]
+    for left, text in rows:
+        lines.append(f"  {left}\n        {text}")
+    lines.append("\nrecipes:")
+    lines += [f"  {name:<22}{(make.__doc__ or '').strip()}" for name, make in RECIPES.items()]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value)

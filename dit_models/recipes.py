@@ -1,0 +1,99 @@
+"""Named training recipes: ``python -m dit_models.train --recipe NAME``."""
+
+from collections.abc import Callable
+
+from dit_models.config import (
+    DataConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RouterLossConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+
+DEFAULT_RECIPE = "digits"
+
+
+def digits() -> TrainConfig:
+    """EC-DiT-tiny on the scanned digits: the default, minutes on two CPU cores."""
+    return TrainConfig(
+        name="digits",
+        model="EC-DiT-tiny",
+        optimizer=OptimizerConfig(
+            lr=1e-3, beta2=0.99, warmup_steps=50, schedule="cosine", clip_norm=1.0
+        ),
+        steps=600,
+        ema_decay=0.99,
+    )
+
+
+def digits_token_choice() -> TrainConfig:
+    """DiT-MoE-tiny on the same digits."""
+    config = digits()
+    config.name, config.model = "digits-token-choice", "DiT-MoE-tiny"
+    config.router_loss = RouterLossConfig(balance=0.01)
+    return config
+
+
+def digits_dense() -> TrainConfig:
+    """The dense DiT-tiny on the same digits."""
+    config = digits()
+    config.name, config.model = "digits-dense", "DiT-tiny"
+    return config
+
+
+def digits_ddpm() -> TrainConfig:
+    """EC-DiT-tiny with noise prediction and learned variance."""
+    config = digits()
+    config.name = "digits-ddpm"
+    config.objective = ObjectiveConfig(kind="ddpm")
+    config.sampling = SamplingConfig(num_steps=50)
+    return config
+
+
+def digit_scenes() -> TrainConfig:
+    """EC-DiT-tiny-text on captioned scenes of one or two coloured digits."""
+    config = digits()
+    config.name, config.model = "digit-scenes", "EC-DiT-tiny-text"
+    config.data = DataConfig(name="digit-scenes")
+    config.steps = 4000
+    config.ema_decay = 0.999
+    config.sampling = SamplingConfig(guidance_scale=2.0)
+    config.evaluation = EvaluationConfig(guidance_scales=[1.0, 1.5, 2.0, 3.0])
+    return config
+
+
+def images() -> TrainConfig:
+    """EC-DiT-S on your own folder of class folders: data.name=PATH data.image_size=64."""
+    return TrainConfig(
+        name="images",
+        model="EC-DiT-S/2-8E",
+        model_options={"patch_size": 4},
+        data=DataConfig(name="", flip=True, num_workers=2),
+        optimizer=OptimizerConfig(lr=1e-4, warmup_steps=1000, clip_norm=1.0),
+        steps=100_000,
+        sample_every=2000,
+        save_every=2000,
+        sampling=SamplingConfig(num_steps=25),
+    )
+
+
+def captions() -> TrainConfig:
+    """EC-DiT-tiny-text on your own captioned folder: data.name=PATH data.image_size=64."""
+    config = images()
+    config.name, config.model = "captions", "EC-DiT-tiny-text"
+    config.data.flip = False  # "left of" would become wrong
+    config.text_max_length = 128
+    return config
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "digits": digits,
+    "digits-token-choice": digits_token_choice,
+    "digits-dense": digits_dense,
+    "digits-ddpm": digits_ddpm,
+    "digit-scenes": digit_scenes,
+    "images": images,
+    "captions": captions,
+}

@@ -1,0 +1,300 @@
+"""The training loop: one object that knows a run's state and can stop and go on exactly."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moe_kernels as mk
+from dit_models.assemble import (
+    autocast_for,
+    build_conditioned_model,
+    build_objective,
+    pick_device,
+    with_defaults,
+)
+from dit_models.checkpoints import (
+    CheckpointError,
+    list_checkpoints,
+    load_training_state,
+    load_weights,
+    remove_unfinished,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from dit_models.conditioned import NULL_CAPTION
+from dit_models.config import TrainConfig
+from dit_models.config_io import fields_of
+from dit_models.data import Batch, BatchLoader, build_dataset
+from dit_models.drawing import Artist
+from dit_models.ema import EMA
+from dit_models.optimization import build_optimizer, learning_rate, set_learning_rate
+from dit_models.outputs import DiTOutput
+from dit_models.rng import get_rng_state, set_rng_state
+from dit_models.run_folder import checkpoint_folder
+
+# Fields that may differ when a run goes on: they do not change the steps that follow.
+_FREE_FIELDS = (
+    "name", "run_dir", "stop_at", "device", "log_every", "sample_every", "save_every",
+    "keep_checkpoints", "data.num_workers", "sampling.", "evaluation.",
+)  # fmt: skip
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A batch with all its randomness drawn, so that micro-batches are slices of it."""
+
+    images: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    labels: Tensor | None
+    captions: list[str] | None
+
+    def split(self, parts: int) -> list["Draws"]:
+        """``parts`` micro-batches of equal size."""
+        size = len(self.images) // parts
+        return [self._part(slice(start, start + size)) for start in range(0, size * parts, size)]
+
+    def _part(self, where: slice) -> "Draws":
+        return Draws(
+            self.images[where],
+            self.noise[where],
+            self.timesteps[where],
+            None if self.labels is None else self.labels[where],
+            None if self.captions is None else self.captions[where],
+        )
+
+
+class Trainer:
+    """A run in memory.
+
+    Args:
+        config: a validated configuration.
+        run_dir: the run's folder; checkpoints go to ``run_dir/checkpoints``.
+
+    Attributes:
+        step: optimizer steps done.
+        train_seconds: time spent in steps, over all sessions of the run.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+        self.config = config = with_defaults(config)
+        self.run_dir = run_dir
+        self.device = pick_device(config.device)
+        self.dataset = build_dataset(
+            config.data.name,
+            split=config.data.split,
+            image_size=config.data.image_size,
+            flip=config.data.flip,
+        )
+        self.info = self.dataset.info
+        self.loader = BatchLoader(
+            self.dataset, config.batch_size, config.seed, config.data.num_workers
+        )
+        torch.manual_seed(config.seed)
+        self.model = build_conditioned_model(config, self.info, self.device)
+        self.model.backbone.gradient_checkpointing = config.gradient_checkpointing
+        self.objective = build_objective(config.objective)
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.step = 0
+        self.train_seconds = 0.0
+        self._predict: Callable[..., DiTOutput] = self.model
+        if config.compile:
+            self.model.backbone.compile()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.config.steps
+
+    def artist(self) -> Artist:
+        """The averaged model, ready to draw from."""
+        return Artist(
+            self.ema.model,
+            self.objective,
+            self.config.sampling,
+            (self.info.channels, self.info.image_size, self.info.image_size),
+            self.device,
+            partial(autocast_for, self.config.precision, self.device),
+        )
+
+    def train_step(self) -> dict[str, float | Tensor]:
+        """Do one optimizer step.
+
+        Returns:
+            Values for the log; tensors are still on the device, so that a step does not wait.
+        """
+        start = time.perf_counter()
+        self.model.train()
+        micro_batches = self._draw(next(self.loader)).split(self.config.accumulate)
+        counts = self._count_tokens_per_expert(micro_batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        for micro_batch in micro_batches:
+            losses = self._losses(micro_batch, counts)
+            (losses["loss"] / len(micro_batches)).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
+        rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        set_learning_rate(self.optimizer, rate)
+        limit = self.config.optimizer.clip_norm or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.model, self.step)
+        self.train_seconds += time.perf_counter() - start
+        return {**totals, "grad_norm": grad_norm.detach(), "lr": rate}
+
+    def _draw(self, batch: Batch) -> Draws:
+        """Noise, timesteps and dropped conditions for the whole batch."""
+        images = batch.images.to(self.device, non_blocking=True)
+        count = len(images)
+        generator = self.generator
+        timesteps = self.objective.sample_timesteps(count, generator, self.device)
+        noise = torch.randn(images.shape, generator=generator, device=self.device)
+        chance = torch.rand(count, generator=generator, device=self.device)
+        dropped = chance < self.config.condition_dropout
+        labels = captions = None
+        if self.model.backbone.config.num_classes:
+            assert batch.labels is not None
+            labels = batch.labels.to(self.device, non_blocking=True)
+            labels = torch.where(dropped, self.model.backbone.config.num_classes, labels)
+        else:
+            assert batch.captions is not None
+            captions = [
+                NULL_CAPTION if drop else caption
+                for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)
+            ]
+        return Draws(images, noise, timesteps, labels, captions)
+
+    def _losses(self, draws: Draws, counts: list[Tensor] | None) -> dict[str, Tensor]:
+        """Mean losses of a micro-batch; ``loss`` is what is minimised."""
+        with autocast_for(self.config.precision, self.device):
+            condition = self.model.condition(draws.labels, draws.captions)
+            result = self.objective.loss_at(
+                partial(self._predict, **condition), draws.images, draws.noise, draws.timesteps
+            )
+        diffusion = result.loss.mean()
+        losses = {"loss": diffusion, "diffusion_loss": diffusion}
+        plans = result.output.plans
+        weights = self.config.router_loss
+        if weights.balance and plans:
+            per_sequence = weights.balance_pool == "sequence"
+            balance = [
+                mk.load_balance_loss(
+                    plan,
+                    per_sequence=per_sequence,
+                    tokens_per_expert=None if counts is None else counts[layer],
+                )
+                for layer, plan in enumerate(plans)
+            ]
+            losses["balance_loss"] = torch.stack(balance).sum()
+            losses["loss"] = losses["loss"] + weights.balance * losses["balance_loss"]
+        if weights.z and plans:
+            losses["z_loss"] = torch.stack([mk.router_z_loss(plan) for plan in plans]).sum()
+            losses["loss"] = losses["loss"] + weights.z * losses["z_loss"]
+        if weights.similarity and plans:
+            similarity = [mk.router_similarity_loss(plan) for plan in plans]
+            losses["similarity_loss"] = torch.stack(similarity).sum()
+            losses["loss"] = losses["loss"] + weights.similarity * losses["similarity_loss"]
+        if plans:
+            stats = [plan.stats for plan in plans]
+            losses["router_entropy"] = torch.stack([each.entropy for each in stats]).mean()
+            unrouted = [each.unrouted_fraction for each in stats]
+            losses["unrouted_fraction"] = torch.stack(unrouted).mean()
+        return losses
+
+    def _count_tokens_per_expert(self, micro_batches: list[Draws]) -> list[Tensor] | None:
+        """Rows of each expert and layer over the whole batch, for the exact balance loss.
+
+        Its frequencies are those of the whole batch, which a micro-batch cannot know; counting
+        them takes a forward pass without gradient.
+        """
+        weights = self.config.router_loss
+        if not weights.balance or weights.balance_pool != "batch" or len(micro_batches) == 1:
+            return None
+        counts: list[Tensor] = []
+        with torch.no_grad(), autocast_for(self.config.precision, self.device):
+            for draws in micro_batches:
+                condition = self.model.condition(draws.labels, draws.captions)
+                noisy = self.objective.add_noise(draws.images, draws.noise, draws.timesteps)
+                plans = self._predict(noisy, draws.timesteps.float(), **condition).plans
+                parts = [plan.tokens_per_expert for plan in plans]
+                counts = [a + b for a, b in zip(counts, parts, strict=True)] if counts else parts
+        return counts or None
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step."""
+        state = {
+            "config": {name: value for name, value, _ in fields_of(self.config)},
+            "optimizer": self.optimizer.state_dict(),
+            "rng": get_rng_state(self.generator),
+            "loader": self.loader.state_dict(),
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+        }
+        return save_checkpoint(
+            checkpoint_folder(self.run_dir),
+            self.step,
+            self.model,
+            self.ema.model,
+            state,
+            self.config.keep_checkpoints,
+        )
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint; ``False`` when there is none.
+
+        Raises:
+            CheckpointError: when the checkpoint is damaged or was made with other settings.
+        """
+        folder = checkpoint_folder(self.run_dir)
+        remove_unfinished(folder)
+        checkpoints = list_checkpoints(folder)
+        if not checkpoints:
+            return False
+        newest = checkpoints[-1]
+        verify_checkpoint(newest)
+        state = load_training_state(newest)
+        self._check_same_settings(newest, state["config"])
+        load_weights(newest, "model", self.model)
+        load_weights(newest, "ema", self.ema.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.loader.load_state_dict(state["loader"])
+        except ValueError as error:
+            raise CheckpointError(f"{newest}: {error}") from error
+        set_rng_state(state["rng"], self.generator)
+        self.step = state["step"]
+        self.train_seconds = state["train_seconds"]
+        return True
+
+    def _check_same_settings(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        mine = {name: value for name, value, _ in fields_of(self.config)}
+        free: tuple[str, ...] = _FREE_FIELDS
+        if self.config.optimizer.schedule == "constant":
+            free = (*free, "steps")  # a longer run only appends steps
+        different = [
+            f"{name}: {saved.get(name)!r} in the checkpoint, {value!r} now"
+            for name, value in mine.items()
+            if saved.get(name) != value
+            and not any(
+                name == each or (each[-1] == "." and name.startswith(each)) for each in free
+            )
+        ]
+        if different:
+            raise CheckpointError(
+                f"{checkpoint} was made with other settings ({'; '.join(different)}). Start a new "
+                f"run with name=ANOTHER, or use the settings of {self.run_dir}/config.yaml."
+            )
