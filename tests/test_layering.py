@@ -53,7 +53,7 @@ def test_extras_are_imported_only_when_used(package):
 def test_importing_both_packages_loads_no_extra():
     code = (
         "import sys, moe_kernels, dit_models, dit_models.models; "
-        f"print(sorted({EXTRAS!r} & set(sys.modules)))"
+        f"print(sorted({EXTRAS - {'tqdm'}!r} & set(sys.modules)))"  # torch itself loads tqdm
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
