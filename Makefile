@@ -10,6 +10,10 @@ TESTS ?=
 # Extra words for pip, e.g. another index for a torch build without CUDA (see README)
 PIP_ARGS ?=
 
+# How long idle OpenMP threads spin. On 2 cores with another busy process beside it, a training step of
+# EC-DiT-tiny took 4.6 s with the default, 0.8 s with this; on an idle machine both took 0.34 s.
+export GOMP_SPINCOUNT ?= 10000
+
 BIN := $(VENV)/bin
 METADATA := pyproject.toml setup.py constraints.txt
 

@@ -113,7 +113,9 @@ def help_text() -> str:
     for left, text in rows:
         lines.append(f"  {left}\n        {text}")
     lines.append("\nrecipes:")
-    lines += [f"  {name:<22}{(make.__doc__ or '').strip()}" for name, make in RECIPES.items()]
+    lines += [
+        f"  {name:<22}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()
+    ]
     return "\n".join(lines)
 
 

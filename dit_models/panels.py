@@ -109,7 +109,9 @@ def save_expert_load(path: Path, record: RoutingRecord) -> None:
         axes.flat, (record.row_share, record.weight_share), titles, strict=True
     ):
         experts = share.shape[1]
-        shown = axis.imshow((share * experts).numpy(), vmin=0, vmax=2, cmap="coolwarm", aspect="auto")
+        shown = axis.imshow(
+            (share * experts).numpy(), vmin=0, vmax=2, cmap="coolwarm", aspect="auto"
+        )
         axis.set(title=f"{title} x E", xlabel="expert", ylabel="MoE layer")
         axis.set_xticks(range(experts))
         axis.set_yticks(range(share.shape[0]))
@@ -118,31 +120,38 @@ def save_expert_load(path: Path, record: RoutingRecord) -> None:
 
 
 def save_experts_per_token(path: Path, record: RoutingRecord, images: int = 4) -> None:
-    """Write the heat maps: how many experts process each token, over the finished samples."""
-    maps = record.experts_per_token[:, :, :images]
+    """Write the heat maps: how many experts process each token, over the finished samples.
+
+    A block of columns an image, one for each recorded noise level; a row a MoE layer, below the
+    sample itself.
+    """
+    maps = record.experts_per_token[:, :, :images].numpy()
     levels, layers, count = maps.shape[:3]
-    figure, axes = _figure(layers * levels, count + 1, (1.5 * count + 2.2, 1.45 * layers * levels))
-    top = max(float(maps.max()), 1.0)
     pixels = ((record.images[:count].clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
-    for layer in range(layers):
+    height, width = pixels.shape[1:3]
+    figure, axes = _figure(layers + 1, count * levels, (1.1 * count * levels, 1.25 * (layers + 1)))
+    heat = None
+    for index in range(count):
+        shown = pixels[index] if pixels.shape[3] == 3 else pixels[index, ..., 0]
         for level in range(levels):
-            line = axes[layer * levels + level]
-            line[0].axis("off")
-            line[0].text(
-                0.5, 0.5, f"MoE layer {layer}\nnoise {record.noise_levels[level]:.2f}",
-                ha="center", va="center", fontsize=8,
-            )  # fmt: skip
-            for index in range(count):
-                axis = line[index + 1]
-                height, width = pixels.shape[1:3]
-                shown_pixels = pixels[index] if pixels.shape[3] == 3 else pixels[index, ..., 0]
-                axis.imshow(shown_pixels, cmap="gray", vmin=0, vmax=1)
+            column = axes[:, index * levels + level]
+            if level == levels // 2:
+                column[0].imshow(shown, cmap="gray", vmin=0, vmax=1)
+            for layer in range(layers):
+                axis = column[layer + 1]
+                axis.imshow(shown, cmap="gray", vmin=0, vmax=1)
                 heat = axis.imshow(
-                    maps[level, layer, index].numpy(), cmap="inferno", alpha=0.65, vmin=0, vmax=top,
-                    extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                    maps[level, layer, index], cmap="inferno", alpha=0.65, vmin=0,
+                    vmax=max(maps.max(), 1), extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 )  # fmt: skip
-                axis.axis("off")
-    figure.colorbar(heat, ax=axes, label="experts per token", shrink=0.5)
+            column[1].set_title(f"noise {record.noise_levels[level]:.2f}", fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    for layer in range(layers):
+        axes[layer + 1, 0].set_ylabel(f"MoE layer {layer}", fontsize=8)
+    figure.colorbar(heat, ax=axes, label="experts per token", shrink=0.7)
     _save(figure, path)
 
 

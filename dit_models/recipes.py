@@ -16,15 +16,23 @@ DEFAULT_RECIPE = "digits"
 
 
 def digits() -> TrainConfig:
-    """EC-DiT-tiny on the scanned digits: the default, minutes on two CPU cores."""
+    """EC-DiT-tiny on the scanned digits: the default, minutes on two CPU cores.
+
+    Measured at 400 steps: the learning rate matters most (1e-3 hardly learns in this time), and
+    timesteps shifted towards noise (mean 0.5) raise the unguided accuracy from 0.88 to 0.92.
+    """
     return TrainConfig(
         name="digits",
         model="EC-DiT-tiny",
+        objective=ObjectiveConfig(logit_mean=0.5),
         optimizer=OptimizerConfig(
-            lr=1e-3, beta2=0.99, warmup_steps=50, schedule="cosine", clip_norm=1.0
+            lr=8e-3, beta2=0.95, warmup_steps=50, schedule="cosine", clip_norm=1.0
         ),
-        steps=600,
-        ema_decay=0.99,
+        steps=1500,
+        batch_size=32,
+        condition_dropout=0.05,
+        ema_decay=0.995,
+        sampling=SamplingConfig(sampler="euler", num_steps=10),
     )
 
 
@@ -48,6 +56,7 @@ def digits_ddpm() -> TrainConfig:
     config = digits()
     config.name = "digits-ddpm"
     config.objective = ObjectiveConfig(kind="ddpm")
+    config.optimizer.lr = 4e-3
     config.sampling = SamplingConfig(num_steps=50)
     return config
 
@@ -58,8 +67,10 @@ def digit_scenes() -> TrainConfig:
     config.name, config.model = "digit-scenes", "EC-DiT-tiny-text"
     config.data = DataConfig(name="digit-scenes")
     config.steps = 4000
-    config.ema_decay = 0.999
-    config.sampling = SamplingConfig(guidance_scale=2.0)
+    config.batch_size = 64
+    config.optimizer.lr = 3e-3
+    config.ema_decay = 0.998
+    config.sampling = SamplingConfig(num_steps=10, guidance_scale=2.0)
     config.evaluation = EvaluationConfig(guidance_scales=[1.0, 1.5, 2.0, 3.0])
     return config
 
