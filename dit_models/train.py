@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> int:
     if trainer.resume():
         print(f"Going on with {run_dir} at step {trainer.step}.")
     else:
+        _check_new_folder(run_dir)
         print(f"New run in {run_dir}.")
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(trainer.config, run_dir / CONFIG_NAME)
@@ -71,6 +72,14 @@ def train(config: TrainConfig) -> int:
         return 0
     _finish(trainer, run_dir, start)
     return 0
+
+
+def _check_new_folder(run_dir: Path) -> None:
+    """Refuse a folder with somebody's files: a run would overwrite what has its file names."""
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{run_dir} is not empty and not the folder of a run; choose another name or run_dir."
+        )
 
 
 def _loop(trainer: Trainer, log: MetricsLog, stop: StopRequest) -> None:
@@ -189,6 +198,9 @@ def run_command(command: Callable[[], int | None]) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
     except (CheckpointError, TrainingDiverged, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

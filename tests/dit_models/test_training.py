@@ -296,6 +296,14 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, monkeypatch, capsys
     assert loaded.step == 6
 
 
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    mine = tmp_path / "config.yaml"
+    mine.write_text("precious: 1\n")
+    with pytest.raises(ValueError, match="is not empty and not the folder of a run"):
+        train.train(tiny_config(tmp_path))
+    assert mine.read_text() == "precious: 1\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     run_dir = tmp_path / "run"
