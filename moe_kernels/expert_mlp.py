@@ -27,7 +27,8 @@ def grouped_gemm(
         w: (E, O, I), ``nn.Linear`` orientation, same dtype as ``rows``.
         expert_offsets: (E + 1,) int32 exclusive starts, from 0 to R.
         rows_per_expert: R / E when every expert has equally many rows and the caller knows it on
-            the host (``plan.rows_per_expert``); the product is then one batched GEMM.
+            the host (``plan.rows_per_expert``); the product is then one batched GEMM, which
+            takes the caller's word and does not read ``expert_offsets``.
         backend: name of a backend; ``None`` lets the resolver choose.
 
     Returns:
@@ -35,7 +36,7 @@ def grouped_gemm(
         operands are cast to its dtype first. An expert without rows gets a zero weight gradient.
 
     Raises:
-        ValueError: mismatched shapes, dtypes or devices.
+        ValueError: mismatched shapes, dtypes or devices, or offsets that do not cover the rows.
     """
     check_floating("rows", rows, 2, "(num_rows, in_features)")
     check_floating("w", w, 3, "(num_experts, out_features, in_features)")

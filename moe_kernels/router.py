@@ -50,7 +50,8 @@ def expert_capacity(
         raise ValueError(f"capacity_factor is {capacity_factor!r}; expected a positive number.")
     if tokens_per_group == 0:
         return 0
-    exact = tokens_per_group * capacity_factor / num_experts
+    # Rounded to 9 digits first: 100 · 1.1 / 10 is a little more than 11 in floating point.
+    exact = round(tokens_per_group * capacity_factor / num_experts, 9)
     capacity = max(1, math.ceil(exact) if rounding == "ceil" else math.floor(exact))
     capacity = -(-capacity // multiple_of) * multiple_of
     if capacity > tokens_per_group:

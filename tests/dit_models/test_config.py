@@ -48,7 +48,7 @@ WRONG = {
     "sampler of the other objective": (["sampling.sampler=ddim"], "expected one of auto, euler"),
     "range": (["condition_dropout=1.5"], "condition_dropout=1.5; expected a number from 0 to 1"),
     "zero": (["steps=0"], "steps=0; expected at least 1"),
-    "micro-batches": (["accumulate=7"], "accumulate=7 does not divide batch_size=64"),
+    "micro-batches": (["accumulate=7"], "accumulate=7 does not divide batch_size=32"),
     "pooled similarity": (
         ["accumulate=2", "router_loss.similarity=0.1"],
         "its weights are counted over the whole batch",
@@ -96,7 +96,8 @@ def test_the_model_is_fitted_to_the_data():
 
 
 def test_auto_sampler_follows_the_objective():
-    assert with_defaults(build_config("digits")).sampling.sampler == "heun"
+    flow = build_config("digits", overrides=["sampling.sampler=auto"])
+    assert with_defaults(flow).sampling.sampler == "heun"
     assert with_defaults(build_config("digits-ddpm")).sampling.sampler == "ddim"
 
 

@@ -103,6 +103,16 @@ CASES = {
         lambda: mk.grouped_gemm(torch.zeros(16, 6), W_IN, PLAN.expert_offsets, rows_per_expert=5),
         "rows_per_expert 5 times 4",
     ),
+    "gemm short offsets": (
+        lambda: mk.grouped_gemm(torch.zeros(20, 6), W_IN, PLAN.expert_offsets),
+        "end at the 20 rows given",
+    ),
+    "gemm falling offsets": (
+        lambda: mk.grouped_gemm(
+            torch.zeros(4, 6), W_IN, torch.tensor([0, 3, 2, 4, 4], dtype=torch.int32)
+        ),
+        "never fall",
+    ),
     "gemm dtype": (
         lambda: mk.grouped_gemm(torch.zeros(16, 6).half(), W_IN, PLAN.expert_offsets),
         "expected one dtype",

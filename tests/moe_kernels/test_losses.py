@@ -93,8 +93,11 @@ def test_similarity_follows_the_formula(route):
 
 
 def test_similarity_with_one_expert_per_token_has_no_pair_term():
-    plan = mk.token_choice(make_logits(24, 4), 1)
-    assert bool(torch.isfinite(mk.router_similarity_loss(plan)))
+    logits = make_logits(24, 4, dtype=torch.float64)
+    plan = mk.token_choice(logits, 1)
+    gram = torch.softmax(logits, -1).T @ torch.softmax(logits, -1)
+    expected = (4 / 24 * plan.tokens_per_expert * torch.diagonal(gram)).sum() / 24
+    torch.testing.assert_close(mk.router_similarity_loss(plan), expected)
 
 
 @pytest.mark.parametrize("loss", ["load_balance_loss", "router_z_loss", "router_similarity_loss"])

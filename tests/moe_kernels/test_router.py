@@ -86,10 +86,19 @@ def test_expert_choice_invariants(groups, size, experts, factor, kind, rounding,
     data=st.data(),
     kind=st.sampled_from(LOGIT_KINDS),
     affinity=st.sampled_from(["softmax", "sigmoid"]),
+    seed=st.integers(0, 99),
 )
-def test_token_choice_invariants(tokens, experts, data, kind, affinity):
+def test_token_choice_invariants(tokens, experts, data, kind, affinity, seed):
     top_k = data.draw(st.integers(1, experts))
-    plan = mk.token_choice(make_logits(tokens, experts, kind), top_k, affinity=affinity).validate()
+    logits = make_logits(tokens, experts, kind, seed)
+    plan = mk.token_choice(logits, top_k, affinity=affinity).validate()
+    # Every token's worst chosen expert is at least as good as its best one left behind.
+    chosen = torch.zeros(tokens, experts, dtype=torch.bool)
+    chosen = chosen.scatter(1, plan.expert_indices.long(), True)
+    probs = oracles.affinity(logits, affinity)
+    worst_in = probs.masked_fill(~chosen, 2.0).amin(1)
+    best_out = probs.masked_fill(chosen, -1.0).amax(1)
+    assert bool((worst_in >= best_out).all())
     assert plan.num_rows == tokens * top_k
     assert int(plan.tokens_per_expert.sum()) == plan.num_rows
     assert plan.tokens_per_expert.max() <= tokens
@@ -130,6 +139,9 @@ def test_capacity_rounding():
     assert mk.expert_capacity(10, 4, 1.0, rounding="ceil") == 3
     assert mk.expert_capacity(100, 8, 2.0, multiple_of=16) == 32
     assert mk.expert_capacity(0, 8, 2.0) == 0
+    # Products that floating point misses by one bit
+    assert mk.expert_capacity(100, 10, 1.1, rounding="ceil") == 11
+    assert mk.expert_capacity(100, 1, 0.29) == 29
 
 
 def test_full_capacity_routes_every_token_to_every_expert():
@@ -151,8 +163,15 @@ def test_per_token_weights_sum_to_the_scale(affinity):
 
 def test_underflowed_affinities_give_zero_weights_not_nan():
     logits = torch.full((4, 2), -200.0)
-    plan = mk.token_choice(logits, 2, affinity="sigmoid", normalize="per_token")
-    assert plan.routing_weights.tolist() == [0.0] * 8
+    logits.requires_grad_()
+    for plan in (
+        mk.token_choice(logits, 2, affinity="sigmoid", normalize="per_token"),
+        mk.expert_choice(logits, 1.0, affinity="sigmoid", normalize="per_token"),
+    ):
+        assert plan.routing_weights.tolist() == [0.0] * plan.num_rows
+        upstream = torch.randn_like(plan.routing_weights)
+        (gradient,) = torch.autograd.grad(plan.routing_weights, logits, upstream)
+        assert bool(torch.isfinite(gradient).all())
 
 
 def test_selection_bias_moves_the_choice_but_not_the_weight():

@@ -22,8 +22,8 @@ def ranking_key(affinity: Tensor) -> Tensor:
 
 
 def divide_by_sum(weights: Tensor, sums: Tensor) -> Tensor:
-    """weights / sums, with 0 / 0 = 0 when every affinity of a token underflowed."""
-    return weights / sums.clamp_min(torch.finfo(sums.dtype).tiny)
+    """weights / sums, with 0 / 0 = 0 (gradient 0) when every affinity of a token underflowed."""
+    return weights / torch.where(sums > 0, sums, 1.0)
 
 
 def invert_rows(token_indices: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -27,21 +27,26 @@ def expert_choice(
     device = router_logits.device
     router_probs = compute_affinity(router_logits, affinity)
 
-    columns = router_probs.view(num_groups, group_size, num_experts).permute(2, 0, 1)  # (E, G, S)
-    best = torch.sort(ranking_key(columns), dim=-1, descending=True, stable=True).indices
+    def by_expert(values: Tensor) -> Tensor:  # (T, E) -> (E, G, S)
+        return values.view(num_groups, group_size, num_experts).permute(2, 0, 1)
+
+    key = ranking_key(by_expert(router_probs))
+    best = torch.sort(key, dim=-1, descending=True, stable=True).indices
     chosen = best[..., :capacity].sort(dim=-1).values  # (E, G, C), in token order
     group_start = torch.arange(num_groups, device=device).view(1, -1, 1) * group_size
     token_indices = (chosen + group_start).flatten().int()
-    weights = columns.gather(2, chosen).flatten()
+    weights = router_probs
     if normalize == "per_token":
-        # Summed over a dense (T, E) mask, so that no order of additions is left to chance.
+        # Summed and divided as dense (T, E), so that no order of additions is left to chance,
+        # forward or backward; the gather below meets each element at most once.
         expert_of_row = torch.arange(num_experts, device=device).repeat_interleave(
             num_groups * capacity
         )
         held = torch.zeros_like(router_probs, dtype=torch.bool)
         held = held.index_put((token_indices, expert_of_row), held.new_ones(()))
-        sums = torch.where(held, router_probs, 0.0).sum(dim=-1)
-        weights = divide_by_sum(weights, sums.gather(0, token_indices.long()))
+        weights = torch.where(held, router_probs, 0.0)
+        weights = divide_by_sum(weights, weights.sum(dim=-1, keepdim=True))
+    weights = by_expert(weights).gather(2, chosen).flatten()
 
     row_indices, row_offsets = invert_rows(token_indices, num_tokens)
     rows = num_groups * capacity

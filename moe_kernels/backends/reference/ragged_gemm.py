@@ -13,9 +13,20 @@ def gemm_operand(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def host_offsets(expert_offsets: Tensor, num_rows: int) -> list[int]:
+    """Offsets on the host, checked: rows outside every expert would stay uninitialised."""
+    offsets = expert_offsets.tolist()
+    if offsets[0] != 0 or offsets[-1] != num_rows or offsets != sorted(offsets):
+        raise ValueError(
+            f"expert_offsets is {offsets}; expected values that start at 0, never fall, and end at "
+            f"the {num_rows} rows given."
+        )
+    return offsets
+
+
 def ragged_gemm_fwd(rows: Tensor, w: Tensor, expert_offsets: Tensor) -> Tensor:
     """out[r] = w[e(r)] @ rows[r]; rows (R, I), w (E, O, I) -> (R, O)."""
-    offsets = expert_offsets.tolist()
+    offsets = host_offsets(expert_offsets, rows.shape[0])
     out = rows.new_empty(rows.shape[0], w.shape[1])
     wide_rows, wide_w = gemm_operand(rows), gemm_operand(w)
     for expert, (start, end) in enumerate(pairwise(offsets)):
@@ -28,7 +39,7 @@ def ragged_gemm_bwd(
     dout: Tensor, rows: Tensor, w: Tensor, expert_offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """drows[r] = w[e]^T @ dout[r]; dw[e] = dout_e^T @ rows_e, zero for an expert without rows."""
-    offsets = expert_offsets.tolist()
+    offsets = host_offsets(expert_offsets, rows.shape[0])
     drows, dw = torch.empty_like(rows), torch.zeros_like(w)
     wide_dout, wide_rows, wide_w = gemm_operand(dout), gemm_operand(rows), gemm_operand(w)
     for expert, (start, end) in enumerate(pairwise(offsets)):
