@@ -92,11 +92,18 @@ def pick_device(name: str) -> torch.device:
 def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 autocast where it was asked for, or on its own on GPUs that have bf16."""
     if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if has_bf16 else "fp32"
+        precision = "bf16" if _has_bf16(device) else "fp32"
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16 itself; older ones only emulate it, slowly."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:

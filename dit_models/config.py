@@ -147,12 +147,14 @@ class TrainConfig:
         for name in ("stop_at", "sample_every", "seed"):
             _at_least(name, getattr(self, name), 0)
         _at_least("optimizer.warmup_steps", self.optimizer.warmup_steps, 0)
-        _at_least("sampling.num_steps", self.sampling.num_steps, 1)
-        _at_least("evaluation.num_samples", self.evaluation.num_samples, 1)
-        _at_least("evaluation.batch_size", self.evaluation.batch_size, 1)
         _between("condition_dropout", self.condition_dropout, 0, 1)
         _between("ema_decay", self.ema_decay, 0, 1)
         _between("optimizer.lr", self.optimizer.lr, 0, math.inf)
+        self._check_sampling()
+        if not self.data.name:
+            raise ValueError('data.name is empty; expected "digits", "digit-scenes" or a folder.')
+        if self.objective.logit_std <= 0:
+            raise ValueError(f"objective.logit_std={self.objective.logit_std}; expected above 0.")
         for name in ("balance", "z", "similarity"):
             _between(f"router_loss.{name}", getattr(self.router_loss, name), 0, math.inf)
         if self.batch_size % self.accumulate:
@@ -173,6 +175,25 @@ class TrainConfig:
                 'a pool, so accumulation would not equal the large batch. Use group "image".'
             )
         return self
+
+    def _check_sampling(self) -> None:
+        sampling, evaluation = self.sampling, self.evaluation
+        _at_least("sampling.grid_images", sampling.grid_images, 1)
+        _at_least("evaluation.num_samples", evaluation.num_samples, 2)
+        _at_least("evaluation.batch_size", evaluation.batch_size, 1)
+        # One ancestral step would end with noise added.
+        _at_least("sampling.num_steps", sampling.num_steps, 2 if sampling.sampler == "ddpm" else 1)
+        if self.objective.kind == "ddpm":
+            limit = self.objective.num_timesteps
+            _between("sampling.num_steps", sampling.num_steps, 1, limit)
+        _between("sampling.guidance_start", sampling.guidance_start, 0, 1)
+        _between("sampling.guidance_end", sampling.guidance_end, sampling.guidance_start, 1)
+        if sampling.clip_range is not None and sampling.clip_range <= 0:
+            raise ValueError(
+                f"sampling.clip_range={sampling.clip_range}; expected above 0 or null."
+            )
+        if evaluation.enabled and not evaluation.guidance_scales:
+            raise ValueError("evaluation.guidance_scales is empty; expected at least one number.")
 
 
 def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:

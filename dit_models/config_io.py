@@ -76,6 +76,30 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield prefix + item.name, value, item.metadata["help"]
 
 
+# Fields that may differ when a run goes on: they do not change the steps that follow.
+_FREE_FIELDS = (
+    "name", "run_dir", "stop_at", "device", "log_every", "sample_every", "save_every",
+    "keep_checkpoints", "data.num_workers",
+)  # fmt: skip
+_FREE_GROUPS = ("sampling.", "evaluation.")
+
+
+def differing_fields(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """What keeps a run with the fields ``saved`` from going on with ``config``, a line each.
+
+    ``saved`` maps dotted names to values. With a constant schedule ``steps`` may differ: it only
+    says where the run ends.
+    """
+    different = []
+    for name, value, _ in fields_of(config):
+        if name in _FREE_FIELDS or name.startswith(_FREE_GROUPS) or saved.get(name) == value:
+            continue
+        if name == "steps" and config.optimizer.schedule == "constant":
+            continue
+        different.append(f"{name}: {saved.get(name)!r} before, {value!r} now")
+    return different
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The whole configuration as YAML."""
     omegaconf = require("omegaconf", extra="train")

@@ -5,12 +5,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dit_models.conditioned import ConditionedModel
-from dit_models.config import SamplingConfig
-from dit_models.data import BUILTIN_DATASETS, DatasetInfo, ImageDataset, build_dataset
+from dit_models.config import DataConfig, SamplingConfig
+from dit_models.data import (
+    BUILTIN_DATASETS,
+    CaptionFolderDataset,
+    DatasetInfo,
+    ImageDataset,
+    build_dataset,
+)
 from dit_models.diffusion import DDPM, Callback, RectifiedFlow, generate, noise_from_seeds
 from dit_models.outputs import DiTOutput
 
@@ -104,24 +111,18 @@ class Artist:
             return self.model(x, timesteps, **condition)
 
 
-def example_prompts(info: DatasetInfo, dataset: ImageDataset, count: int) -> Prompts:
-    """The prompts of a grid: classes in turn, or captions of the data set."""
+def example_prompts(info: DatasetInfo, data: DataConfig, count: int) -> Prompts:
+    """The prompts of a grid: classes in turn, or captions (unseen ones for embedded data)."""
     if info.num_classes:
         return Prompts(torch.arange(count) % info.num_classes, None)
+    split = "heldout" if data.name in BUILTIN_DATASETS else data.split
+    dataset = build_dataset(data.name, split=split, image_size=data.image_size)
     return Prompts(None, captions_of(dataset, count))
 
 
 def captions_of(dataset: ImageDataset, count: int) -> list[str]:
     """The captions of the first ``count`` samples; a shorter data set starts over."""
-    import numpy as np
-
-    return [
-        dataset.sample(i % len(dataset), np.random.default_rng([0, i])).caption
-        for i in range(count)
-    ]
-
-
-def prompt_dataset(name: str, image_size: int) -> ImageDataset:
-    """Where the prompts of grids and evaluation come from: unseen ones for embedded data."""
-    split = "heldout" if name in BUILTIN_DATASETS else "train"
-    return build_dataset(name, split=split, image_size=image_size)
+    indices = [index % len(dataset) for index in range(count)]
+    if isinstance(dataset, CaptionFolderDataset):
+        return [dataset.captions[index] for index in indices]  # without decoding the images
+    return [dataset.sample(index, np.random.default_rng(0)).caption for index in indices]

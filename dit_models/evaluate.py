@@ -14,17 +14,28 @@ import torch
 from torch import Tensor
 
 from dit_models.config import EvaluationConfig
-from dit_models.data import BUILTIN_DATASETS
-from dit_models.drawing import Artist, Prompts, captions_of, prompt_dataset
+from dit_models.data import build_dataset
+from dit_models.drawing import Artist, Prompts, captions_of
 from dit_models.quality import evaluate_digits, evaluate_scenes
 
 # Seeds of judged images, far from those of the sample grids.
 _FIRST_SEED = 1_000_000
 
 
-def can_evaluate(dataset_name: str) -> bool:
-    """Whether a data set has a classifier that judges its images."""
-    return dataset_name in BUILTIN_DATASETS
+# Side of the images that each data set's classifier reads.
+_JUDGED_SIZES = {"digits": 16, "digit-scenes": 32}
+
+
+def why_not_evaluated(dataset_name: str, image_size: int) -> str | None:
+    """Why no classifier judges images of this data set and size; ``None`` when one does."""
+    if dataset_name not in _JUDGED_SIZES:
+        return f"{dataset_name} has no classifier (only {', '.join(_JUDGED_SIZES)} have)"
+    if image_size != _JUDGED_SIZES[dataset_name]:
+        expected = _JUDGED_SIZES[dataset_name]
+        return (
+            f"the classifier of {dataset_name} reads images of {expected} pixels, not {image_size}"
+        )
+    return None
 
 
 def cache_dir() -> Path:
@@ -55,13 +66,10 @@ def evaluate(
         ``guidance_sweep`` (the figures at every scale).
 
     Raises:
-        ValueError: for a data set without a classifier.
+        ValueError: for a data set or image size without a classifier.
     """
-    if not can_evaluate(dataset_name):
-        raise ValueError(
-            f"{dataset_name} has no classifier that could judge samples; "
-            f"expected one of {', '.join(BUILTIN_DATASETS)}."
-        )
+    if reason := why_not_evaluated(dataset_name, artist.image_shape[-1]):
+        raise ValueError(f"samples cannot be judged: {reason}.")
     prompts = _balanced_prompts(artist, dataset_name, config.num_samples)
     sweep = []
     for scale in config.guidance_scales:
@@ -77,7 +85,7 @@ def _balanced_prompts(artist: Artist, dataset_name: str, count: int) -> Prompts:
     num_classes = artist.model.backbone.config.num_classes
     if num_classes:
         return Prompts(torch.arange(count) % num_classes, None)
-    dataset = prompt_dataset(dataset_name, artist.image_shape[-1])
+    dataset = build_dataset(dataset_name, split="heldout")
     return Prompts(None, captions_of(dataset, count))
 
 

@@ -97,8 +97,9 @@ def record_routing(
 
 
 def _weight_by_expert(plan: Any) -> Tensor:
-    total = torch.zeros(plan.num_experts, device=plan.routing_weights.device)
-    return total.index_add(0, plan.expert_of_row, plan.routing_weights.float())
+    rows = torch.arange(plan.num_experts, device=plan.expert_offsets.device).unsqueeze(1)
+    mine = plan.expert_of_row.unsqueeze(0) == rows  # (E, R)
+    return torch.where(mine, plan.routing_weights.float(), 0.0).sum(dim=1)
 
 
 def save_expert_load(path: Path, record: RoutingRecord) -> None:

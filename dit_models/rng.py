@@ -30,6 +30,8 @@ def set_rng_state(state: dict[str, Any], generator: torch.Generator) -> None:
         (kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss)
     )
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
+    # Training draws from the run's CPU generator alone; on another number of GPUs their own
+    # states have nobody to go to.
+    if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     generator.set_state(state["generator"])

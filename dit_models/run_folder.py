@@ -1,6 +1,9 @@
 """The folder of a run: where things are, and how to load its averaged model."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from dit_models.assemble import (
     pick_device,
     with_defaults,
 )
+from dit_models.atomic import write_text
 from dit_models.checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -19,10 +23,16 @@ from dit_models.checkpoints import (
 )
 from dit_models.config import TrainConfig
 from dit_models.config_io import load_config
-from dit_models.data import DatasetInfo, ImageDataset, build_dataset
+from dit_models.data import DatasetInfo
 from dit_models.drawing import Artist
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
+
 CONFIG_NAME = "config.yaml"
+INFO_NAME = "data.json"
 SUMMARY_NAME = "summary.json"
 
 
@@ -44,6 +54,24 @@ def checkpoint_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        CheckpointError: when another process holds it.
+    """
+    with open(run_dir / ".lock", "w") as stream:
+        if fcntl is not None:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another process is training in {run_dir}; choose another name or wait."
+                ) from error
+        yield
+
+
 @dataclass(frozen=True)
 class LoadedRun:
     """A trained run, ready to draw from."""
@@ -51,8 +79,25 @@ class LoadedRun:
     artist: Artist
     config: TrainConfig
     info: DatasetInfo
-    dataset: ImageDataset
     step: int
+
+
+def save_info(run_dir: Path, info: DatasetInfo) -> None:
+    """Keep what a model needs to know of its data, so that sampling needs no images."""
+    write_text(run_dir / INFO_NAME, json.dumps(asdict(info), indent=2) + "\n")
+
+
+def load_info(run_dir: Path) -> DatasetInfo:
+    """Read what ``save_info`` wrote.
+
+    Raises:
+        ValueError: when the file is missing or damaged.
+    """
+    path = run_dir / INFO_NAME
+    try:
+        return DatasetInfo(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
 
 
 def load_run(run_dir: Path, device: str = "auto") -> LoadedRun:
@@ -68,13 +113,7 @@ def load_run(run_dir: Path, device: str = "auto") -> LoadedRun:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first.")
     step = verify_checkpoint(checkpoints[-1])
     target = pick_device(device)
-    dataset = build_dataset(
-        config.data.name,
-        split=config.data.split,
-        image_size=config.data.image_size,
-        flip=config.data.flip,
-    )
-    info = dataset.info
+    info = load_info(run_dir)
     model = build_conditioned_model(config, info, target)
     load_weights(checkpoints[-1], "ema", model)
     artist = Artist(
@@ -85,4 +124,4 @@ def load_run(run_dir: Path, device: str = "auto") -> LoadedRun:
         target,
         partial(autocast_for, config.precision, target),
     )
-    return LoadedRun(artist, config, info, dataset, step)
+    return LoadedRun(artist, config, info, step)

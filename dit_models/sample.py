@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dit_models.drawing import Prompts, example_prompts, prompt_dataset
+from dit_models.drawing import Prompts, example_prompts
 from dit_models.panels import record_routing, save_expert_load, save_experts_per_token, save_grid
 from dit_models.run_folder import LoadedRun, load_run
 from dit_models.train import run_command
@@ -32,8 +32,7 @@ def choose_prompts(
         return Prompts(torch.tensor([labels[i % len(labels)] for i in range(count)]), None)
     if captions:
         return Prompts(None, [captions[i % len(captions)] for i in range(count)])
-    dataset = prompt_dataset(run.config.data.name, run.info.image_size)
-    return example_prompts(run.info, dataset, count)
+    return example_prompts(run.info, run.config.data, count)
 
 
 def sample(options: argparse.Namespace) -> None:

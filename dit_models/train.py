@@ -4,28 +4,42 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import moe_kernels
+from dit_models.assemble import with_defaults
 from dit_models.atomic import write_text
 from dit_models.checkpoints import CheckpointError
 from dit_models.config import TrainConfig
-from dit_models.config_io import build_config, help_text, save_config
+from dit_models.config_io import (
+    build_config,
+    differing_fields,
+    fields_of,
+    help_text,
+    load_config,
+    save_config,
+)
 from dit_models.count import count_model
-from dit_models.drawing import example_prompts, prompt_dataset
-from dit_models.evaluate import can_evaluate, evaluate
+from dit_models.drawing import example_prompts
+from dit_models.evaluate import evaluate, why_not_evaluated
 from dit_models.extras import require
 from dit_models.interrupt import StopRequest
-from dit_models.metrics import MetricsLog
+from dit_models.metrics import METRICS_NAME, MetricsLog, read_metrics
 from dit_models.panels import record_routing, save_expert_load, save_experts_per_token, save_grid
 from dit_models.recipes import DEFAULT_RECIPE, RECIPES
-from dit_models.run_folder import CONFIG_NAME, SUMMARY_NAME, run_dir_of
-from dit_models.trainer import Trainer, TrainingDiverged
+from dit_models.run_folder import (
+    CONFIG_NAME,
+    SUMMARY_NAME,
+    run_dir_of,
+    run_lock,
+    save_info,
+)
+from dit_models.trainer import Stopwatch, Trainer, TrainingDiverged
 
 _GRID_COLUMNS = 10
 
@@ -38,26 +52,36 @@ def train(config: TrainConfig) -> int:
         number after Ctrl-C or SIGTERM.
     """
     run_dir = run_dir_of(config)
-    if (run_dir / SUMMARY_NAME).exists():
+    if _is_complete(config, run_dir):
         print(f"{run_dir} is complete; nothing is trained again. For a new run: name=ANOTHER.")
         _print_summary(run_dir)
         return 0
-    start = time.perf_counter()
+    if not run_dir.exists():
+        run_dir.mkdir(parents=True)
+    elif any(run_dir.iterdir()) and not (run_dir / METRICS_NAME).exists():
+        raise ValueError(
+            f"{run_dir} is not empty and not the folder of a run; choose another name or run_dir."
+        )
+    with run_lock(run_dir):
+        return _train_locked(config, run_dir)
+
+
+def _train_locked(config: TrainConfig, run_dir: Path) -> int:
     trainer = Trainer(config, run_dir)
     if trainer.resume():
         print(f"Going on with {run_dir} at step {trainer.step}.")
     else:
-        _check_new_folder(run_dir)
+        _check_nothing_is_lost(run_dir, config)
         print(f"New run in {run_dir}.")
-    run_dir.mkdir(parents=True, exist_ok=True)
     save_config(trainer.config, run_dir / CONFIG_NAME)
+    save_info(run_dir, trainer.info)
     count = count_model(trainer.model.backbone)
     print(
         f"{config.model} on {config.data.name}: {count.total / 1e6:.2f} M parameters, "
         f"{count.activated / 1e6:.2f} M activated; {trainer.device}, "
         f"{torch.get_num_threads()} threads."
     )
-    log = MetricsLog(run_dir)
+    log = MetricsLog(run_dir, trainer.step)
     try:
         with StopRequest() as stop:
             _loop(trainer, log, stop)
@@ -70,15 +94,42 @@ def train(config: TrainConfig) -> int:
     if not trainer.finished:
         print(f"Stopped at step {trainer.step} (stop_at), which is saved.")
         return 0
-    _finish(trainer, run_dir, start)
+    _finish(trainer)
     return 0
 
 
-def _check_new_folder(run_dir: Path) -> None:
-    """Refuse a folder with somebody's files: a run would overwrite what has its file names."""
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "metrics.jsonl").exists():
-        raise ValueError(
-            f"{run_dir} is not empty and not the folder of a run; choose another name or run_dir."
+def _is_complete(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether this very run has been finished.
+
+    Raises:
+        CheckpointError: when the folder holds a finished run with other settings.
+    """
+    if not (run_dir / SUMMARY_NAME).exists():
+        return False
+    saved = {name: value for name, value, _ in fields_of(load_config(run_dir / CONFIG_NAME))}
+    config = with_defaults(config)
+    if different := differing_fields(saved, config):
+        raise CheckpointError(
+            f"{run_dir} holds a finished run with other settings ({'; '.join(different)}). Start a "
+            "new run with name=ANOTHER."
+        )
+    if config.steps > saved["steps"]:
+        return False
+    asked = {name: value for name, value, _ in fields_of(config)}
+    later = [name for name in asked if name.startswith(("sampling.", "evaluation."))]
+    if any(asked[name] != saved[name] for name in later):
+        print("Its sampling and evaluation settings are not applied again; use "
+              "python -m dit_models.sample or dit_models.evaluate.")  # fmt: skip
+    return True
+
+
+def _check_nothing_is_lost(run_dir: Path, config: TrainConfig) -> None:
+    """Refuse to start over where a run had got past its first checkpoint."""
+    lines = read_metrics(run_dir)
+    if lines and lines[-1]["step"] > config.save_every:
+        raise CheckpointError(
+            f"{run_dir} has metrics up to step {lines[-1]['step']} but no checkpoint. Put its "
+            "checkpoints back, or start a new run with name=ANOTHER."
         )
 
 
@@ -86,38 +137,67 @@ def _loop(trainer: Trainer, log: MetricsLog, stop: StopRequest) -> None:
     """Steps until the end, ``stop_at`` or a signal; leaves a checkpoint of the last step."""
     config = trainer.config
     last = min(config.steps, config.stop_at or config.steps)
+    values: dict[str, float | Tensor] = {}
     bar = require("tqdm.auto", extra="train").tqdm(
         total=config.steps, initial=trainer.step, desc="training", unit="step", dynamic_ncols=True
     )
+    watch = Stopwatch(trainer)
     with bar:
         while trainer.step < last and stop.signal_number is None:
-            values = trainer.train_step()
+            logged = (trainer.step + 1) % config.log_every == 0 or trainer.step + 1 == last
+            values = trainer.train_step(with_routing=logged)
             bar.update()
-            if trainer.step % config.log_every == 0 or trainer.step == last:
+            if logged:
+                watch.lap()
                 _log(trainer, log, values, bar)
-            if config.sample_every and trainer.step % config.sample_every == 0:
+            sampled = config.sample_every and trainer.step % config.sample_every == 0
+            saved = trainer.step % config.save_every == 0
+            if sampled or saved:
+                watch.lap()
+            if sampled:
                 _save_samples(trainer, trainer.run_dir / f"samples_{trainer.step:08d}.png")
-            if trainer.step % config.save_every == 0:
-                trainer.save()
-    trainer.save()
+            if saved:
+                _save(trainer, values)
+            if sampled or saved:
+                watch.skip()
+        watch.lap()
+    _save(trainer, values)
 
 
 def _log(trainer: Trainer, log: MetricsLog, values: dict[str, Any], bar: Any) -> None:
-    numbers = {name: float(value) for name, value in values.items()}
+    _require_finite(trainer, values)
+    plain = {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
     speed = trainer.step / trainer.train_seconds
-    log.write(trainer.step, {**numbers, "steps_per_second": speed})
-    bar.set_postfix(loss=f"{numbers['loss']:.4f}")
-    if not all(map(torch.isfinite, map(torch.tensor, numbers.values()))):
+    log.write(trainer.step, {**plain, "steps_per_second": speed})
+    bar.set_postfix(loss=f"{plain['loss']:.4f}")
+
+
+def _save(trainer: Trainer, values: dict[str, Any]) -> None:
+    """Write a checkpoint, unless the run has diverged: the good one before must stay the newest."""
+    _require_finite(trainer, values)
+    trainer.save()
+
+
+def _require_finite(trainer: Trainer, values: dict[str, Any]) -> None:
+    wrong = {
+        name: value
+        for name, value in values.items()
+        if not torch.isfinite(torch.as_tensor(value)).all()
+    }
+    if wrong:
         raise TrainingDiverged(
-            f"step {trainer.step}: a value is not finite ({numbers}). The last checkpoint in "
-            f"{trainer.run_dir} is from before; lower optimizer.lr or set optimizer.clip_norm=1."
+            f"step {trainer.step}: {', '.join(wrong)} is no longer finite. Nothing of this state "
+            f"was saved in {trainer.run_dir}; lower optimizer.lr or set optimizer.clip_norm=1."
         )
 
 
 def _save_samples(trainer: Trainer, path: Path, guidance_scale: float | None = None) -> None:
     """Draw the grid of fixed prompts from fixed noise."""
-    dataset = prompt_dataset(trainer.config.data.name, trainer.info.image_size)
-    prompts = example_prompts(trainer.info, dataset, trainer.config.sampling.grid_images)
+    config = trainer.config
+    prompts = example_prompts(trainer.info, config.data, config.sampling.grid_images)
     seeds = list(range(len(prompts)))
     images = trainer.artist().draw(prompts, seeds, guidance_scale=guidance_scale)
     save_grid(path, images, _GRID_COLUMNS)
@@ -125,25 +205,32 @@ def _save_samples(trainer: Trainer, path: Path, guidance_scale: float | None = N
         write_text(path.with_suffix(".txt"), "\n".join(prompts.captions) + "\n")
 
 
-def _finish(trainer: Trainer, run_dir: Path, start: float) -> None:
-    """Sample, draw the routing panels, evaluate, and write the summary."""
-    config = trainer.config
+def _finish(trainer: Trainer) -> None:
+    """Evaluate, sample, draw the routing panels, and write the summary."""
+    config, run_dir = trainer.config, trainer.run_dir
     figures: dict[str, Any] = {}
-    if config.evaluation.enabled and can_evaluate(config.data.name):
-        print(f"Evaluating {config.evaluation.num_samples} samples at each guidance scale:")
-        figures = evaluate(trainer.artist(), config.data.name, config.evaluation)
-    scale = figures.get("guidance_scale")
-    _save_samples(trainer, run_dir / "samples.png", scale)
-    _save_routing(trainer, run_dir)
+    if config.evaluation.enabled:
+        reason = why_not_evaluated(config.data.name, trainer.info.image_size)
+        if reason is None:
+            print(f"Evaluating {config.evaluation.num_samples} samples at each guidance scale:")
+            figures = evaluate(trainer.artist(), config.data.name, config.evaluation)
+        else:
+            print(f"No quality figure: {reason}.")
+    _save_samples(trainer, run_dir / "samples.png", figures.get("guidance_scale"))
+    _save_routing(trainer)
     count = count_model(trainer.model.backbone)
+    # The text encoder, where there is one, is trained with the model and always active.
+    encoder = trainer.model.text_encoder
+    text_parameters = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
     summary = {
         **figures,
-        "wall_seconds": round(time.perf_counter() - start, 2),
+        "wall_seconds": round(trainer.wall_seconds, 2),
         "train_seconds": round(trainer.train_seconds, 2),
         "steps": trainer.step,
         "steps_per_second": round(trainer.step / trainer.train_seconds, 4),
-        "parameters_total": count.total,
-        "parameters_activated": count.activated,
+        "parameters_total": count.total + text_parameters,
+        "parameters_activated": count.activated + text_parameters,
+        "parameters_text_encoder": text_parameters,
         "model": config.model,
         "data": config.data.name,
         "device": _device_name(trainer.device),
@@ -158,13 +245,12 @@ def _finish(trainer: Trainer, run_dir: Path, start: float) -> None:
     _print_summary(run_dir)
 
 
-def _save_routing(trainer: Trainer, run_dir: Path) -> None:
-    dataset = prompt_dataset(trainer.config.data.name, trainer.info.image_size)
-    prompts = example_prompts(trainer.info, dataset, 8)
+def _save_routing(trainer: Trainer) -> None:
+    prompts = example_prompts(trainer.info, trainer.config.data, 8)
     record = record_routing(trainer.artist(), prompts, list(range(8)))
     if record is not None:
-        save_expert_load(run_dir / "expert_load.png", record)
-        save_experts_per_token(run_dir / "experts_per_token.png", record)
+        save_expert_load(trainer.run_dir / "expert_load.png", record)
+        save_experts_per_token(trainer.run_dir / "experts_per_token.png", record)
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """The training loop: one object that knows a run's state and can stop and go on exactly."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,20 +29,13 @@ from dit_models.checkpoints import (
 )
 from dit_models.conditioned import NULL_CAPTION
 from dit_models.config import TrainConfig
-from dit_models.config_io import fields_of
-from dit_models.data import Batch, BatchLoader, build_dataset
+from dit_models.config_io import differing_fields, fields_of
+from dit_models.data import Batch, BatchLoader, CaptionFolderDataset, build_dataset
 from dit_models.drawing import Artist
 from dit_models.ema import EMA
 from dit_models.optimization import build_optimizer, learning_rate, set_learning_rate
-from dit_models.outputs import DiTOutput
 from dit_models.rng import get_rng_state, set_rng_state
 from dit_models.run_folder import checkpoint_folder
-
-# Fields that may differ when a run goes on: they do not change the steps that follow.
-_FREE_FIELDS = (
-    "name", "run_dir", "stop_at", "device", "log_every", "sample_every", "save_every",
-    "keep_checkpoints", "data.num_workers", "sampling.", "evaluation.",
-)  # fmt: skip
 
 
 class TrainingDiverged(RuntimeError):
@@ -83,7 +76,8 @@ class Trainer:
 
     Attributes:
         step: optimizer steps done.
-        train_seconds: time spent in steps, over all sessions of the run.
+        train_seconds: time spent in steps, over all sessions of the run; kept by ``Stopwatch``.
+        wall_seconds: time since the run began, over all sessions.
     """
 
     def __init__(self, config: TrainConfig, run_dir: Path) -> None:
@@ -100,16 +94,20 @@ class Trainer:
         self.loader = BatchLoader(
             self.dataset, config.batch_size, config.seed, config.data.num_workers
         )
+        if isinstance(self.dataset, CaptionFolderDataset):
+            _check_caption_lengths(self.dataset.captions, config.text_max_length)
         torch.manual_seed(config.seed)
         self.model = build_conditioned_model(config, self.info, self.device)
         self.model.backbone.gradient_checkpointing = config.gradient_checkpointing
         self.objective = build_objective(config.objective)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.ema = EMA(self.model, config.ema_decay)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        # On the CPU, so that a run draws the same numbers on every device and can change device.
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
         self.train_seconds = 0.0
-        self._predict: Callable[..., DiTOutput] = self.model
+        self._earlier_wall_seconds = 0.0
+        self._started = time.perf_counter()
         if config.compile:
             self.model.backbone.compile()
 
@@ -117,6 +115,11 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.config.steps
+
+    @property
+    def wall_seconds(self) -> float:
+        """Time since the run began, over all sessions."""
+        return self._earlier_wall_seconds + time.perf_counter() - self._started
 
     def artist(self) -> Artist:
         """The averaged model, ready to draw from."""
@@ -129,20 +132,22 @@ class Trainer:
             partial(autocast_for, self.config.precision, self.device),
         )
 
-    def train_step(self) -> dict[str, float | Tensor]:
+    def train_step(self, with_routing: bool = True) -> dict[str, float | Tensor]:
         """Do one optimizer step.
+
+        Args:
+            with_routing: also return the routing statistics of every MoE layer.
 
         Returns:
             Values for the log; tensors are still on the device, so that a step does not wait.
         """
-        start = time.perf_counter()
         self.model.train()
         micro_batches = self._draw(next(self.loader)).split(self.config.accumulate)
         counts = self._count_tokens_per_expert(micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for micro_batch in micro_batches:
-            losses = self._losses(micro_batch, counts)
+            losses = self._losses(micro_batch, counts, with_routing)
             (losses["loss"] / len(micro_batches)).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
@@ -153,23 +158,19 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.ema.update(self.model, self.step)
-        self.train_seconds += time.perf_counter() - start
         return {**totals, "grad_norm": grad_norm.detach(), "lr": rate}
 
     def _draw(self, batch: Batch) -> Draws:
         """Noise, timesteps and dropped conditions for the whole batch."""
-        images = batch.images.to(self.device, non_blocking=True)
-        count = len(images)
-        generator = self.generator
-        timesteps = self.objective.sample_timesteps(count, generator, self.device)
-        noise = torch.randn(images.shape, generator=generator, device=self.device)
-        chance = torch.rand(count, generator=generator, device=self.device)
-        dropped = chance < self.config.condition_dropout
+        images, count = batch.images.to(self.device), len(batch.images)
+        timesteps = self.objective.sample_timesteps(count, self.generator, self.device)
+        noise = torch.randn(images.shape, generator=self.generator).to(self.device)
+        dropped = torch.rand(count, generator=self.generator) < self.config.condition_dropout
         labels = captions = None
         if self.model.backbone.config.num_classes:
             assert batch.labels is not None
-            labels = batch.labels.to(self.device, non_blocking=True)
-            labels = torch.where(dropped, self.model.backbone.config.num_classes, labels)
+            null_class = self.model.backbone.config.num_classes
+            labels = torch.where(dropped, null_class, batch.labels).to(self.device)
         else:
             assert batch.captions is not None
             captions = [
@@ -178,12 +179,14 @@ class Trainer:
             ]
         return Draws(images, noise, timesteps, labels, captions)
 
-    def _losses(self, draws: Draws, counts: list[Tensor] | None) -> dict[str, Tensor]:
+    def _losses(
+        self, draws: Draws, counts: list[Tensor] | None, with_routing: bool
+    ) -> dict[str, Tensor]:
         """Mean losses of a micro-batch; ``loss`` is what is minimised."""
         with autocast_for(self.config.precision, self.device):
             condition = self.model.condition(draws.labels, draws.captions)
             result = self.objective.loss_at(
-                partial(self._predict, **condition), draws.images, draws.noise, draws.timesteps
+                partial(self.model, **condition), draws.images, draws.noise, draws.timesteps
             )
         diffusion = result.loss.mean()
         losses = {"loss": diffusion, "diffusion_loss": diffusion}
@@ -208,11 +211,8 @@ class Trainer:
             similarity = [mk.router_similarity_loss(plan) for plan in plans]
             losses["similarity_loss"] = torch.stack(similarity).sum()
             losses["loss"] = losses["loss"] + weights.similarity * losses["similarity_loss"]
-        if plans:
-            stats = [plan.stats for plan in plans]
-            losses["router_entropy"] = torch.stack([each.entropy for each in stats]).mean()
-            unrouted = [each.unrouted_fraction for each in stats]
-            losses["unrouted_fraction"] = torch.stack(unrouted).mean()
+        if with_routing and plans:
+            losses |= routing_telemetry(plans)
         return losses
 
     def _count_tokens_per_expert(self, micro_batches: list[Draws]) -> list[Tensor] | None:
@@ -229,7 +229,7 @@ class Trainer:
             for draws in micro_batches:
                 condition = self.model.condition(draws.labels, draws.captions)
                 noisy = self.objective.add_noise(draws.images, draws.noise, draws.timesteps)
-                plans = self._predict(noisy, draws.timesteps.float(), **condition).plans
+                plans = self.model(noisy, draws.timesteps.float(), **condition).plans
                 parts = [plan.tokens_per_expert for plan in plans]
                 counts = [a + b for a, b in zip(counts, parts, strict=True)] if counts else parts
         return counts or None
@@ -243,6 +243,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "step": self.step,
             "train_seconds": self.train_seconds,
+            "wall_seconds": self.wall_seconds,
         }
         return save_checkpoint(
             checkpoint_folder(self.run_dir),
@@ -278,23 +279,63 @@ class Trainer:
         set_rng_state(state["rng"], self.generator)
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
+        self._earlier_wall_seconds = state["wall_seconds"]
         return True
 
     def _check_same_settings(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        mine = {name: value for name, value, _ in fields_of(self.config)}
-        free: tuple[str, ...] = _FREE_FIELDS
-        if self.config.optimizer.schedule == "constant":
-            free = (*free, "steps")  # a longer run only appends steps
-        different = [
-            f"{name}: {saved.get(name)!r} in the checkpoint, {value!r} now"
-            for name, value in mine.items()
-            if saved.get(name) != value
-            and not any(
-                name == each or (each[-1] == "." and name.startswith(each)) for each in free
-            )
-        ]
-        if different:
+        if different := differing_fields(saved, self.config):
             raise CheckpointError(
                 f"{checkpoint} was made with other settings ({'; '.join(different)}). Start a new "
                 f"run with name=ANOTHER, or use the settings of {self.run_dir}/config.yaml."
             )
+
+
+def _check_caption_lengths(captions: Sequence[str], max_length: int) -> None:
+    """Find a caption that is too long now, not hours later when it is drawn."""
+    longest = max(captions, key=lambda caption: len(caption.encode()))
+    if len(longest.encode()) + 2 > max_length:
+        raise ValueError(
+            f"the caption {longest[:40]!r}... has {len(longest.encode())} bytes; text_max_length="
+            f"{max_length} leaves {max_length - 2}. Set text_max_length, or shorten the caption."
+        )
+
+
+class Stopwatch:
+    """Adds the time of training steps, and of nothing else, to ``trainer.train_seconds``.
+
+    A GPU works on after a step returns, so each reading waits for it first.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._since = time.perf_counter()
+
+    def lap(self) -> None:
+        """Count the time since the last ``lap`` or ``skip`` as training."""
+        if self._trainer.device.type == "cuda":
+            torch.cuda.synchronize(self._trainer.device)
+        self._trainer.train_seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+    def skip(self) -> None:
+        """Leave out the time since the last ``lap``: it was spent on something else."""
+        self._since = time.perf_counter()
+
+
+def routing_telemetry(plans: Sequence[mk.RoutingPlan]) -> dict[str, Tensor]:
+    """Statistics of every MoE layer (first index), for the log.
+
+    ``router_entropy`` and ``unrouted_fraction`` (layers,); ``expert_load`` and ``mean_prob``
+    (layers, E), shares of rows and mean probabilities; ``experts_per_token`` (layers, E + 1), the
+    share of tokens that 0, 1, ..., E experts took.
+    """
+    stats = [plan.stats for plan in plans]
+    load = torch.stack([each.tokens_per_expert.float() for each in stats])
+    histogram = torch.stack([each.experts_per_token_histogram.float() for each in stats])
+    return {
+        "router_entropy": torch.stack([each.entropy for each in stats]),
+        "unrouted_fraction": torch.stack([each.unrouted_fraction for each in stats]),
+        "expert_load": load / load.sum(1, keepdim=True),
+        "mean_prob": torch.stack([each.mean_prob for each in stats]),
+        "experts_per_token": histogram / histogram.sum(1, keepdim=True),
+    }

@@ -1,5 +1,6 @@
 """Endless batches, each a pure function of the seed and the batch number."""
 
+import signal
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,6 +23,11 @@ def collate(samples: list[Sample], info: DatasetInfo) -> Batch:
         labels=torch.tensor([sample.label for sample in samples]) if info.num_classes else None,
         captions=[sample.caption for sample in samples] if info.has_captions else None,
     )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches workers too; the parent decides what happens, and still needs them to save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _ByPosition(Dataset[Sample]):
@@ -160,5 +166,6 @@ class BatchLoader:
             collate_fn=partial(collate, info=self.dataset.info),
             # Its own generator: DataLoader otherwise draws a worker seed from the global one.
             generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_ignore_interrupts,
         )
         return iter(loader)

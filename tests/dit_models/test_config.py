@@ -11,10 +11,12 @@ from dit_models.data import build_dataset
 from dit_models.recipes import RECIPES
 from dit_models.run_folder import run_dir_of
 
+FOLDERS = ("images", "captions")
+
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_valid_and_survives_the_disk(recipe, tmp_path):
-    config = build_config(recipe)
+    config = build_config(recipe, overrides=["data.name=photos"] if recipe in FOLDERS else [])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert run_dir_of(config).parts == ("runs", recipe)
@@ -48,6 +50,16 @@ WRONG = {
     "sampler of the other objective": (["sampling.sampler=ddim"], "expected one of auto, euler"),
     "range": (["condition_dropout=1.5"], "condition_dropout=1.5; expected a number from 0 to 1"),
     "zero": (["steps=0"], "steps=0; expected at least 1"),
+    "no images in a grid": (["sampling.grid_images=0"], "sampling.grid_images=0"),
+    "guidance interval": (
+        ["sampling.guidance_start=0.8", "sampling.guidance_end=0.2"],
+        "sampling.guidance_end=0.2; expected a number from 0.8 to 1",
+    ),
+    "clip range": (["sampling.clip_range=0"], "sampling.clip_range=0"),
+    "one image to judge": (["evaluation.num_samples=1"], "expected at least 2"),
+    "no guidance scales": (["evaluation.guidance_scales=[]"], "guidance_scales is empty"),
+    "logit_std": (["objective.logit_std=0"], "objective.logit_std=0"),
+    "no data": (["data.name=''"], "data.name is empty"),
     "micro-batches": (["accumulate=7"], "accumulate=7 does not divide batch_size=32"),
     "pooled similarity": (
         ["accumulate=2", "router_loss.similarity=0.1"],

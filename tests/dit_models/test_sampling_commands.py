@@ -84,7 +84,7 @@ def test_wrong_words_are_one_line(run_dir, tmp_path, capsys, arguments, words):
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert command(str(tmp_path), "--out", str(tmp_path / "x.png")) == 2
-    assert "is" in capsys.readouterr().err
+    assert f"is {tmp_path} the folder of a run?" in capsys.readouterr().err
 
 
 def test_an_image_is_the_same_alone_and_inside_a_batch(tmp_path):

@@ -3,29 +3,36 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dit_models import checkpoints, train
 from dit_models.checkpoints import CheckpointError, list_checkpoints
 from dit_models.config import OptimizerConfig
+from dit_models.drawing import Prompts
 from dit_models.ema import EMA
+from dit_models.metrics import read_metrics
 from dit_models.optimization import build_optimizer, learning_rate
-from dit_models.run_folder import checkpoint_folder, load_run
+from dit_models.run_folder import checkpoint_folder, load_run, run_lock
 from dit_models.trainer import Trainer, TrainingDiverged
 
 from .training import TINY, tiny_config
 
 
-def run_steps(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+def run_steps(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
     values = [trainer.train_step() for _ in range(steps)]
-    return [{name: float(value) for name, value in each.items()} for each in values]
+    return [
+        {name: torch.as_tensor(value).tolist() for name, value in each.items()} for each in values
+    ]
 
 
 def assert_same_state(a: Trainer, b: Trainer) -> None:
@@ -42,6 +49,8 @@ def assert_same_state(a: Trainer, b: Trainer) -> None:
         ("digits", ("optimizer.warmup_steps=2",)),
         ("digits-token-choice", ("optimizer.kind=rmsprop", "optimizer.lr=1e-4")),
         ("digits-ddpm", ()),
+        ("digits", ("data.num_workers=2",)),
+        ("digits", ("accumulate=2", "gradient_checkpointing=true", "ema_decay=0.5")),
         ("digit-scenes", ("model_options.text_dim=32",)),
     ],
 )
@@ -167,9 +176,9 @@ def test_an_incomplete_checkpoint_is_refused(saved_run, name):
 
 def test_other_settings_are_refused_and_named(saved_run):
     run_dir, _ = saved_run
-    with pytest.raises(CheckpointError, match=r"batch_size: 8 in the checkpoint, 16 now"):
+    with pytest.raises(CheckpointError, match=r"batch_size: 8 before, 16 now"):
         Trainer(tiny_config(run_dir, "batch_size=16"), run_dir).resume()
-    with pytest.raises(CheckpointError, match=r"steps: 6 in the checkpoint, 9 now"):
+    with pytest.raises(CheckpointError, match=r"steps: 6 before, 9 now"):
         Trainer(tiny_config(run_dir, "steps=9"), run_dir).resume()  # cosine: every rate changes
     assert Trainer(tiny_config(run_dir, "log_every=5", "save_every=1"), run_dir).resume()
 
@@ -262,7 +271,7 @@ def test_optimizers_are_the_configured_ones():
 
 def test_a_diverged_run_stops_with_an_error(tmp_path):
     config = tiny_config(tmp_path, "optimizer.lr=1e30", "optimizer.clip_norm=0", "log_every=1")
-    with pytest.raises((TrainingDiverged, ValueError), match=r"not finite|non-finite"):
+    with pytest.raises((TrainingDiverged, ValueError), match=r"no longer finite|non-finite"):
         train.train(config)
 
 
@@ -281,8 +290,10 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, monkeypatch, capsys
     best = min(summary["guidance_sweep"], key=lambda figures: figures["frechet_distance"])
     assert summary["guidance_scale"] == best["guidance_scale"]
     assert summary["classifier_accuracy"] > 0.97
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run_dir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["expert_load"] == [[0.25] * 4]  # one MoE layer, expert choice
+    assert math.isclose(sum(lines[-1]["experts_per_token"][0]), 1.0, rel_tol=1e-5)
     for name in ("samples.png", "samples_00000003.png", "expert_load.png",
                  "experts_per_token.png"):  # fmt: skip
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG"), name
@@ -292,8 +303,91 @@ def test_a_whole_run_leaves_everything_it_promises(tmp_path, monkeypatch, capsys
     assert train.train(config) == 0  # a finished run is not trained again
     assert "is complete" in capsys.readouterr().out
     assert (run_dir / "summary.json").read_bytes() == before
+    with pytest.raises(CheckpointError, match=r"seed: 0 before, 3 now"):
+        train.train(tiny_config(run_dir, "seed=3"))
     loaded = load_run(run_dir, "cpu")
     assert loaded.step == 6
+
+
+def test_a_finished_run_with_a_constant_schedule_can_be_made_longer(tmp_path):
+    overrides = ("optimizer.schedule=constant", "evaluation.enabled=false")
+    assert train.train(tiny_config(tmp_path, *overrides)) == 0
+    assert train.train(tiny_config(tmp_path, *overrides, "steps=8")) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 8
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 9))
+
+
+def test_an_image_size_without_a_classifier_is_no_error(tmp_path, capsys):
+    assert train.train(tiny_config(tmp_path, "steps=1", "data.image_size=8")) == 0
+    assert "No quality figure: the classifier of digits reads images of 16" in (
+        capsys.readouterr().out
+    )
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    config = tiny_config(tmp_path, "stop_at=4", "save_every=100")
+    assert train.train(config) == 0
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # what a killed process leaves
+    assert train.train(tiny_config(tmp_path, "evaluation.enabled=false")) == 0
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert "diffusion_loss" in lines[4]
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_start_over(tmp_path):
+    assert train.train(tiny_config(tmp_path, "stop_at=5")) == 0
+    shutil.rmtree(checkpoint_folder(tmp_path))
+    with pytest.raises(CheckpointError, match="metrics up to step 5 but no checkpoint"):
+        train.train(tiny_config(tmp_path))
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    with run_lock(tmp_path):
+        (tmp_path / "metrics.jsonl").touch()
+        with pytest.raises(CheckpointError, match="another process is training"):
+            train.train(tiny_config(tmp_path))
+
+
+def test_captions_that_are_too_long_are_found_at_the_start(tmp_path):
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    line = {"file_name": "1.png", "text": "a very long caption " * 10}
+    (folder / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    config = tiny_config(
+        tmp_path / "run", f"data.name={folder}", "data.image_size=8", recipe="captions"
+    )
+    with pytest.raises(ValueError, match="text_max_length=128 leaves 126"):
+        Trainer(config, tmp_path / "run")
+
+
+def test_a_folder_of_images_trains_and_samples_without_its_images(tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (12, 10), (80 * index, 40, 200)).save(folder / name / f"{index}.png")
+    run_dir = tmp_path / "run"
+    config = tiny_config(
+        run_dir, f"data.name={folder}", "data.image_size=8", "data.num_workers=0", "steps=2",
+        recipe="images",
+    )  # fmt: skip
+    assert train.train(config) == 0
+    shutil.rmtree(folder)
+    loaded = load_run(run_dir, "cpu")
+    assert loaded.info.num_classes == 2
+    assert loaded.artist.draw(Prompts(torch.tensor([0, 1]), None), [0, 1]).shape == (2, 3, 8, 8)
+
+
+def test_a_diverged_state_is_never_saved(tmp_path):
+    config = tiny_config(
+        tmp_path, "optimizer.lr=1e30", "optimizer.clip_norm=0", "log_every=100", "save_every=2"
+    )
+    with pytest.raises((TrainingDiverged, ValueError), match=r"no longer finite|non-finite"):
+        train.train(config)
+    assert list_checkpoints(checkpoint_folder(tmp_path)) == []
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
