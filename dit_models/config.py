@@ -95,7 +95,7 @@ class EvaluationConfig:
 class TrainConfig:
     """One run."""
 
-    name: str = option("", "name of the run; its folder is runs/NAME; empty: the recipe's name")
+    name: str = option("", "name of the run; its folder is runs/NAME; a recipe sets its own name")
     run_dir: str = option("", "folder of the run, instead of runs/NAME")
     model: str = option("EC-DiT-tiny", "a preset of python -m dit_models.models")
     model_options: dict[str, Any] = field(

@@ -25,6 +25,7 @@ from dit_models.config import TrainConfig
 from dit_models.config_io import load_config
 from dit_models.data import DatasetInfo
 from dit_models.drawing import Artist
+from dit_models.metrics import METRICS_NAME
 
 try:
     import fcntl
@@ -34,6 +35,7 @@ except ImportError:  # not on Windows, where two processes in one folder are not
 CONFIG_NAME = "config.yaml"
 INFO_NAME = "data.json"
 SUMMARY_NAME = "summary.json"
+_LOCK_NAME = ".lock"
 
 
 def run_dir_of(config: TrainConfig) -> Path:
@@ -54,6 +56,12 @@ def checkpoint_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def holds_other_files(run_dir: Path) -> bool:
+    """Whether a folder has files but no run, so that training into it could overwrite them."""
+    names = {path.name for path in run_dir.iterdir()} - {_LOCK_NAME}
+    return bool(names) and METRICS_NAME not in names
+
+
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold a run's folder for this process; the lock ends with the process, however it ends.
@@ -61,7 +69,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     Raises:
         CheckpointError: when another process holds it.
     """
-    with open(run_dir / ".lock", "w") as stream:
+    with open(run_dir / _LOCK_NAME, "w") as stream:
         if fcntl is not None:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,12 +29,13 @@ from dit_models.drawing import example_prompts
 from dit_models.evaluate import evaluate, why_not_evaluated
 from dit_models.extras import require
 from dit_models.interrupt import StopRequest
-from dit_models.metrics import METRICS_NAME, MetricsLog, read_metrics
+from dit_models.metrics import MetricsLog, read_metrics
 from dit_models.panels import record_routing, save_expert_load, save_experts_per_token, save_grid
 from dit_models.recipes import DEFAULT_RECIPE, RECIPES
 from dit_models.run_folder import (
     CONFIG_NAME,
     SUMMARY_NAME,
+    holds_other_files,
     run_dir_of,
     run_lock,
     save_info,
@@ -58,7 +59,7 @@ def train(config: TrainConfig) -> int:
         return 0
     if not run_dir.exists():
         run_dir.mkdir(parents=True)
-    elif any(run_dir.iterdir()) and not (run_dir / METRICS_NAME).exists():
+    elif holds_other_files(run_dir):
         raise ValueError(
             f"{run_dir} is not empty and not the folder of a run; choose another name or run_dir."
         )
@@ -73,6 +74,7 @@ def _train_locked(config: TrainConfig, run_dir: Path) -> int:
     else:
         _check_nothing_is_lost(run_dir, config)
         print(f"New run in {run_dir}.")
+    log = MetricsLog(run_dir, trainer.step)
     save_config(trainer.config, run_dir / CONFIG_NAME)
     save_info(run_dir, trainer.info)
     count = count_model(trainer.model.backbone)
@@ -81,7 +83,6 @@ def _train_locked(config: TrainConfig, run_dir: Path) -> int:
         f"{count.activated / 1e6:.2f} M activated; {trainer.device}, "
         f"{torch.get_num_threads()} threads."
     )
-    log = MetricsLog(run_dir, trainer.step)
     try:
         with StopRequest() as stop:
             _loop(trainer, log, stop)

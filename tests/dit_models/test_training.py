@@ -398,6 +398,13 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert mine.read_text() == "precious: 1\n"
 
 
+def test_a_mistake_does_not_block_the_corrected_command(tmp_path):
+    run_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match="no model preset"):
+        train.train(tiny_config(run_dir, "model=EC-DiT-tinny"))
+    assert train.train(tiny_config(run_dir, "steps=1", "evaluation.enabled=false")) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     run_dir = tmp_path / "run"
