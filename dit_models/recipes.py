@@ -66,12 +66,11 @@ def digit_scenes() -> TrainConfig:
     config = digits()
     config.name, config.model = "digit-scenes", "EC-DiT-tiny-text"
     config.data = DataConfig(name="digit-scenes")
-    config.steps = 4000
-    config.batch_size = 64
-    config.optimizer.lr = 3e-3
-    config.ema_decay = 0.998
-    config.sampling = SamplingConfig(num_steps=10, guidance_scale=2.0)
-    config.evaluation = EvaluationConfig(guidance_scales=[1.0, 1.5, 2.0, 3.0])
+    config.steps = 6000
+    config.optimizer.lr = 5e-3
+    config.condition_dropout = 0.1
+    config.sampling.guidance_scale = 1.5
+    config.evaluation = EvaluationConfig(guidance_scales=[1.0, 1.5, 2.5])
     return config
 
 
