@@ -18,8 +18,9 @@ DEFAULT_RECIPE = "digits"
 def digits() -> TrainConfig:
     """EC-DiT-tiny on the scanned digits: the default, minutes on two CPU cores.
 
-    Measured at 400 steps: the learning rate matters most (1e-3 hardly learns in this time), and
-    timesteps shifted towards noise (mean 0.5) raise the unguided accuracy from 0.88 to 0.92.
+    Measured in short runs: the learning rate matters most (unguided accuracy after 200 steps of 64:
+    0.09 at 1e-3, 0.65 at 3e-3, 0.80 at 6e-3), and timesteps shifted towards noise (mean 0.5) raised
+    it from 0.88 to 0.92 after 400 steps of 32.
     """
     return TrainConfig(
         name="digits",

@@ -11,7 +11,8 @@ def combine(rows: Tensor, plan: RoutingPlan) -> Tensor:
     """Weighted sum of the rows of each token.
 
     ``F.embedding_bag`` over the token -> rows CSR is a gather-sum: unlike ``index_add`` it adds in
-    a fixed order on every device, and it is 2.6x to 5x faster than it on 2 CPU cores.
+    a fixed order on every device. On 2 idle CPU cores, forward and backward, it took 0.64x
+    (T 4096, D 128) and 0.32x (T 8192, D 384) of ``index_add``'s time.
     """
     dtype = torch.promote_types(rows.dtype, plan.routing_weights.dtype)
     if plan.num_rows == 0:
