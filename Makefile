@@ -1,5 +1,5 @@
 # `make train` and `make test` need nothing but Python >= 3.11: they make .venv and install into it.
-# The environment is kept, and installed again when the project's metadata change.
+# The environment is kept; the project is installed again when its metadata or C++ files change.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,14 +16,23 @@ export GOMP_SPINCOUNT ?= 10000
 
 BIN := $(VENV)/bin
 METADATA := pyproject.toml setup.py constraints.txt
+CXX_FILES := $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp)
+NATIVE := $(wildcard csrc/*.py) $(CXX_FILES)
+# Compiles what changed and puts the module beside the Python files, without a new installation.
+REBUILD := $(BIN)/python setup.py --quiet build_ext --inplace
+# What follows in a recipe runs on another build; the usual one comes back also when that fails.
+AND_RESTORE := trap '$(REBUILD)' EXIT; trap 'exit 130' INT TERM;
 
-.PHONY: train test lint format help clean
+.PHONY: train test test-reference test-sanitize lint format help clean
 
 help:
 	@echo "make train    install, train EC-DiT on real digits, sample, evaluate  (ARGS=...)"
 	@echo "make test     install, run the test suite                             (TESTS=...)"
-	@echo "make lint     ruff and mypy"
-	@echo "make format   ruff format"
+	@echo "make test-reference  the suite without the C++ module                  (TESTS=...)"
+	@echo "make test-sanitize   tests/moe_kernels on a module that checks memory accesses and"
+	@echo "                     undefined behaviour; wants GCC                    (TESTS=...)"
+	@echo "make lint     ruff, mypy and clang-format"
+	@echo "make format   ruff and clang-format, in place"
 	@echo "make clean    remove the environment and caches; runs are kept"
 
 train: $(VENV)/.installed-train
@@ -32,27 +41,42 @@ train: $(VENV)/.installed-train
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(TESTS)
 
+test-reference: $(VENV)/.installed-dev
+	@$(AND_RESTORE) MOE_KERNELS_BUILD=none $(REBUILD) && $(BIN)/python -m pytest $(TESTS)
+
+# The sanitizers' libraries must be loaded before Python; with libstdc++, or the first exception that
+# torch throws ends the process. Leaks are not looked for: Python itself keeps memory at its exit.
+# An abort makes pytest print which test it was; its capture would swallow the sanitizer's report.
+SANITIZER_LIBRARIES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+test-sanitize: $(VENV)/.installed-dev
+	@$(AND_RESTORE) MOE_KERNELS_BUILD=cpu MOE_KERNELS_SANITIZE=address,undefined $(REBUILD) && \
+	  env LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
+	  $(BIN)/python -m pytest --capture=sys $(or $(TESTS),tests/moe_kernels)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info moe_kernels/_cpu.*.so moe_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed (make PYTHON=python3.12 ...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.installed-train: $(METADATA) | $(BIN)/python
+$(VENV)/.installed-train: $(METADATA) $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[train]"
 	@touch $@
 
-$(VENV)/.installed-dev: $(METADATA) | $(BIN)/python
+$(VENV)/.installed-dev: $(METADATA) $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed-train

@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-# Every selection of the reference is a sort; all other index tensors follow from its result.
+from moe_kernels.ops import route
+
+# The routers of the compiled backends are one op each. Every selection of the reference is a sort;
+# all other index tensors follow from its result.
 _ROUTING_OPS = (
+    route.token_choice.overload,
+    route.expert_choice.overload,
     torch.ops.aten.sort.default,
     torch.ops.aten.sort.stable,
     torch.ops.aten.argsort.stable,
@@ -24,8 +29,8 @@ def save_routing_context_fn() -> tuple[Any, Any]:
     """Contexts for ``torch.utils.checkpoint.checkpoint(..., context_fn=save_routing_context_fn)``.
 
     A recomputed forward may round differently (other kernels, other fusion) and then choose other
-    tokens than the forward did, which silently corrupts gradients. With these contexts the sorted
-    indices are saved, about 12 bytes a token and expert, and only the rest is recomputed. Needs
-    ``use_reentrant=False``.
+    tokens than the forward did, which silently corrupts gradients. With these contexts the result
+    of the routing is saved and only the rest is recomputed; the reference saves its sorted
+    affinities and indices too, about 12 bytes a token and expert. Needs ``use_reentrant=False``.
     """
     return create_selective_checkpoint_contexts(_policy)

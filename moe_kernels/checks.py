@@ -47,18 +47,19 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         )
 
 
-def check_finite_logits(router_logits: Tensor, check_finite: bool | None) -> None:
-    """Raise ``ValueError`` when logits hold NaN or infinities.
+def wants_finite_check(router_logits: Tensor, check_finite: bool | None) -> bool:
+    """Whether the router has to refuse NaN and infinities.
 
     Reading the answer costs a device synchronisation on a GPU and a graph break under
     ``torch.compile``, so ``None`` checks on the CPU in eager mode only.
     """
     if torch.compiler.is_compiling():
-        return
-    if check_finite is None:
-        check_finite = router_logits.device.type == "cpu"
-    if not check_finite:
-        return
+        return False
+    return router_logits.device.type == "cpu" if check_finite is None else check_finite
+
+
+def check_finite_logits(router_logits: Tensor) -> None:
+    """Raise ``ValueError`` when logits hold NaN or infinities, and say where."""
     finite = torch.isfinite(router_logits)
     if not bool(finite.all()):
         bad = int((~finite).sum())

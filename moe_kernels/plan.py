@@ -1,13 +1,31 @@
 """``RoutingPlan``: what a router decided, in the one form that every later stage reads."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from moe_kernels.telemetry import RoutingStats
+
+
+class FusedRouting(NamedTuple):
+    """What a routing kernel computed in the same pass as the plan; losses and telemetry read it.
+
+    Attributes:
+        load_balance: scalar, the balance loss over the whole pool, differentiable.
+        z_loss: scalar, differentiable.
+        terms: (2 + E,) balance loss per sequence, mean entropy (no gradient), mean distribution.
+        row_experts: (R,) int32, the expert of each entry of ``row_indices``.
+        histogram: (E + 1,) int32, tokens that 0, 1, ..., E experts took.
+    """
+
+    load_balance: Tensor
+    z_loss: Tensor
+    terms: Tensor
+    row_experts: Tensor
+    histogram: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +46,6 @@ class RoutingPlan:
         top_k: K, experts per token; ``None`` for expert choice.
         capacity: C, tokens per expert and group; ``None`` for token choice.
         router_logits: (T, E) fp32 (fp64 for fp64 input), differentiable.
-        router_probs: (T, E) affinities of the logits, differentiable.
         routing_weights: (R,) what each row's expert output is multiplied by, differentiable.
         token_indices: (R,) int32, the token each row reads.
         expert_offsets: (E + 1,) int32, exclusive starts; ``[1:]`` are ``grouped_mm``'s ``offs``.
@@ -37,6 +54,8 @@ class RoutingPlan:
         row_offsets: (T + 1,) int32, where each token's rows start in ``row_indices``.
         expert_indices: (T, K) int32, experts of each token by falling weight; ``None`` for
             expert choice.
+        backend: who routed; ``router_probs`` are the affinities that it selected by.
+        fused: results of the same pass, when a kernel routed.
     """
 
     router: str
@@ -47,7 +66,6 @@ class RoutingPlan:
     top_k: int | None
     capacity: int | None
     router_logits: Tensor
-    router_probs: Tensor
     routing_weights: Tensor
     token_indices: Tensor
     expert_offsets: Tensor
@@ -55,6 +73,16 @@ class RoutingPlan:
     row_indices: Tensor
     row_offsets: Tensor
     expert_indices: Tensor | None = None
+    backend: str = "reference"
+    fused: FusedRouting | None = None
+
+    @property
+    def router_probs(self) -> Tensor:
+        """(T, E) affinities of the logits, differentiable; computed on request."""
+        from moe_kernels.backends import resolve
+
+        compute = resolve("router_probs", self.router_logits.device, self.backend)
+        return compute(self.router_logits, self.affinity)
 
     @property
     def num_rows(self) -> int:

@@ -8,11 +8,11 @@ from torch import Tensor
 from moe_kernels.backends import resolve
 from moe_kernels.checks import (
     check_choice,
-    check_finite_logits,
     check_floating,
     check_positive_int,
     check_same_device,
     check_shape,
+    wants_finite_check,
 )
 from moe_kernels.plan import RoutingPlan
 
@@ -125,7 +125,6 @@ def expert_choice(
     capacity = _capacity(
         num_tokens // num_groups, num_experts, capacity_factor, capacity, rounding, multiple_of
     )
-    check_finite_logits(router_logits, check_finite)
     route = resolve("expert_choice", router_logits.device, backend)
     return route(
         _routing_precision(router_logits),
@@ -134,6 +133,7 @@ def expert_choice(
         affinity=affinity,
         normalize=normalize,
         scale=float(scale),
+        check_finite=wants_finite_check(router_logits, check_finite),
     )
 
 
@@ -202,7 +202,6 @@ def token_choice(
         check_floating("selection_bias", selection_bias, 1, "(num_experts,)")
         check_shape("selection_bias", selection_bias, (num_experts,), "(num_experts,)")
         check_same_device("selection_bias", selection_bias, "router_logits", router_logits)
-    check_finite_logits(router_logits, check_finite)
     route = resolve("token_choice", router_logits.device, backend)
     return route(
         _routing_precision(router_logits),
@@ -214,6 +213,7 @@ def token_choice(
         num_expert_groups=num_expert_groups,
         top_k_groups=top_k_groups,
         num_groups=num_groups,
+        check_finite=wants_finite_check(router_logits, check_finite),
     )
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_kernels.backends.reference.losses import routing_distribution
-from moe_kernels.plan import RoutingPlan
+from moe_kernels.ops.route import ENTROPY, MEAN_PROB
+from moe_kernels.plan import FusedRouting, RoutingPlan
 
 
 class RoutingStats(NamedTuple):
@@ -32,6 +33,8 @@ def routing_stats(plan: RoutingPlan) -> RoutingStats:
 
     The entropy is ``-1/T · Σ_t Σ_e p[t, e] log p[t, e]`` with p as in ``load_balance_loss``.
     """
+    if plan.fused is not None:
+        return _fused_stats(plan, plan.fused)
     with torch.no_grad():
         probs = routing_distribution(plan)
         tokens = max(plan.num_tokens, 1)
@@ -46,3 +49,15 @@ def routing_stats(plan: RoutingPlan) -> RoutingStats:
             unrouted_fraction=histogram[0] / tokens,
             experts_per_token_histogram=histogram,
         )
+
+
+def _fused_stats(plan: RoutingPlan, fused: FusedRouting) -> RoutingStats:
+    """The same from what the routing kernel counted."""
+    terms = fused.terms.detach()
+    return RoutingStats(
+        tokens_per_expert=plan.tokens_per_expert,
+        mean_prob=terms[MEAN_PROB:],
+        entropy=terms[ENTROPY],
+        unrouted_fraction=fused.histogram[0].to(terms.dtype) / max(plan.num_tokens, 1),
+        experts_per_token_histogram=fused.histogram.long(),
+    )

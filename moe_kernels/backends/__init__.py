@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
+from moe_kernels.build_info import build_record, why_not_built
+
 logger = logging.getLogger("moe_kernels")
 
 OPS = (
     "expert_choice",
     "token_choice",
+    "router_probs",
     "dispatch",
     "grouped_gemm",
     "expert_mlp",
@@ -58,11 +61,16 @@ class Backend:
         """Say why this backend cannot serve ``op`` on ``device_type``; ``None`` when it can."""
         if self.module is None:
             return self.reason
+        if self.name in _broken:
+            return _broken[self.name]
         if self.device_types and device_type not in self.device_types:
             return f"runs on {' and '.join(self.device_types)} only, not on {device_type}"
-        if op not in self.implementations():
-            return f"has no kernel for {op}"
-        return None
+        try:
+            implementations = self.implementations()
+        except ImportError as error:
+            _broken[self.name] = _why_missing(self.name, error)
+            return _broken[self.name]
+        return None if op in implementations else f"has no kernel for {op}"
 
     def implementations(self) -> dict[str, Callable[..., Any]]:
         """Functions of this backend by op name."""
@@ -74,6 +82,14 @@ class Backend:
 
 # A plain dictionary, so that torch.compile can read it without tracing the import.
 _loaded: dict[str, dict[str, Callable[..., Any]]] = {}
+_broken: dict[str, str] = {}  # backends whose import failed, and why
+
+
+def _why_missing(name: str, error: ImportError) -> str:
+    record = build_record().get(name, {})
+    if record.get("built"):
+        return f"was built but cannot be loaded ({error}); install again with pip"
+    return why_not_built(name)
 
 
 # Fastest first: the automatic choice takes the first that serves the op on the device.
@@ -82,7 +98,7 @@ BACKENDS = {
     for backend in (
         Backend("cuda", "CUDA C++ kernels", ("cuda",), reason="not in this version"),
         Backend("triton", "Triton kernels", ("cuda",), reason="not in this version"),
-        Backend("cpu", "C++ kernels with OpenMP", ("cpu",), reason="not in this version"),
+        Backend("cpu", "C++ kernels with OpenMP", ("cpu",), module="moe_kernels.backends.cpu"),
         Backend(
             "megablocks", "megablocks, when installed", ("cuda",), reason="not in this version"
         ),
@@ -189,6 +205,14 @@ def _log_once(message: str) -> None:
         logger.info(message)
 
 
+def _details(backend: Backend) -> str:
+    """What a loaded backend says about itself."""
+    if backend.name not in _loaded or backend.module is None:
+        return ""
+    describe = getattr(importlib.import_module(backend.module), "describe", None)
+    return f" ({describe()})" if describe else ""
+
+
 def explain() -> str:
     """Render the op x backend table, with the reason for every empty cell."""
     device_types = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -209,7 +233,7 @@ def explain() -> str:
             reasons = {kind: backend.why_not(op, kind) for kind in device_types}
             if all(reason is not None for reason in reasons.values()):
                 missing.setdefault(str(reasons[device_types[-1]]), []).append(op)
-        lines.append(f"{name}: {backend.summary}")
+        lines.append(f"{name}: {backend.summary}{_details(backend)}")
         for reason, ops in missing.items():
             which = "every op" if len(ops) == len(OPS) else ", ".join(ops)
             lines.append(f"  - {which}: {reason}")

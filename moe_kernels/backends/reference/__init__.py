@@ -5,6 +5,7 @@ exactly 0, an expert without rows gets a zero weight gradient. Routing, weightin
 fp32 (fp64 for fp64 input) whatever the dtype of the tokens.
 """
 
+from moe_kernels.backends.reference.affinity import compute_affinity
 from moe_kernels.backends.reference.combine import combine
 from moe_kernels.backends.reference.dispatch import dispatch
 from moe_kernels.backends.reference.expert_choice import expert_choice
@@ -20,6 +21,7 @@ from moe_kernels.backends.reference.token_choice import token_choice
 IMPLEMENTATIONS = {
     "expert_choice": expert_choice,
     "token_choice": token_choice,
+    "router_probs": compute_affinity,
     "dispatch": dispatch,
     "grouped_gemm": grouped_gemm,
     "expert_mlp": expert_mlp,

@@ -9,6 +9,7 @@ from moe_kernels.backends.reference.affinity import (
     invert_rows,
     ranking_key,
 )
+from moe_kernels.checks import check_finite_logits
 from moe_kernels.plan import RoutingPlan
 
 
@@ -20,8 +21,11 @@ def expert_choice(
     affinity: str,
     normalize: str,
     scale: float,
+    check_finite: bool,
 ) -> RoutingPlan:
     """Each expert takes its ``capacity`` best tokens of every group; rows lie (E, G, C)."""
+    if check_finite:
+        check_finite_logits(router_logits)
     num_tokens, num_experts = router_logits.shape
     group_size = num_tokens // num_groups
     device = router_logits.device
@@ -59,7 +63,6 @@ def expert_choice(
         top_k=None,
         capacity=capacity,
         router_logits=router_logits,
-        router_probs=router_probs,
         routing_weights=weights * scale,
         token_indices=token_indices,
         expert_offsets=torch.arange(num_experts + 1, dtype=torch.int32, device=device) * rows,

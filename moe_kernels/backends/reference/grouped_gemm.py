@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.backends.reference.ragged_gemm import gemm_operand
-from moe_kernels.ops import ragged_gemm
+from moe_kernels.ops.ragged_gemm import ragged_gemm
 
 
 def grouped_gemm(

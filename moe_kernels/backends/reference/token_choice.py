@@ -10,6 +10,7 @@ from moe_kernels.backends.reference.affinity import (
     invert_rows,
     ranking_key,
 )
+from moe_kernels.checks import check_finite_logits
 from moe_kernels.plan import RoutingPlan
 
 
@@ -24,8 +25,11 @@ def token_choice(
     num_expert_groups: int,
     top_k_groups: int,
     num_groups: int,
+    check_finite: bool,
 ) -> RoutingPlan:
     """Each token takes its ``top_k`` best experts; rows are stably sorted by expert."""
+    if check_finite:
+        check_finite_logits(router_logits)
     num_tokens, num_experts = router_logits.shape
     router_probs = compute_affinity(router_logits, affinity)
     key = ranking_key(router_probs)
@@ -54,7 +58,6 @@ def token_choice(
         top_k=top_k,
         capacity=None,
         router_logits=router_logits,
-        router_probs=router_probs,
         routing_weights=weights.flatten().gather(0, by_expert) * scale,
         token_indices=token_indices,
         expert_offsets=exclusive_offsets(counts),

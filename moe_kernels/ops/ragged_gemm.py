@@ -1,4 +1,4 @@
-"""``torch.library`` ops: schema, fake kernel, autograd; opaque to ``torch.compile``."""
+"""The reference's product over ragged rows as an op: ``torch.compile`` need not see its loop."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from moe_kernels.backends.reference.ragged_gemm import ragged_gemm_bwd, ragged_gemm_fwd
+from moe_kernels.ops.operator import library
 
-_library = torch.library.Library("moe_kernels", "DEF")
-_library.define("ragged_gemm(Tensor rows, Tensor w, Tensor expert_offsets) -> Tensor")
-_library.define(
+library.define("ragged_gemm(Tensor rows, Tensor w, Tensor expert_offsets) -> Tensor")
+library.define(
     "ragged_gemm_bwd(Tensor dout, Tensor rows, Tensor w, Tensor expert_offsets) -> (Tensor, Tensor)"
 )
-_library.impl("ragged_gemm", ragged_gemm_fwd, "CompositeExplicitAutograd")
-_library.impl("ragged_gemm_bwd", ragged_gemm_bwd, "CompositeExplicitAutograd")
+library.impl("ragged_gemm", ragged_gemm_fwd, "CompositeExplicitAutograd")
+library.impl("ragged_gemm_bwd", ragged_gemm_bwd, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("moe_kernels::ragged_gemm", lib=_library)
+@torch.library.register_fake("moe_kernels::ragged_gemm", lib=library)
 def _ragged_gemm_fake(rows: Tensor, w: Tensor, expert_offsets: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], w.shape[1])
 
 
-@torch.library.register_fake("moe_kernels::ragged_gemm_bwd", lib=_library)
+@torch.library.register_fake("moe_kernels::ragged_gemm_bwd", lib=library)
 def _ragged_gemm_bwd_fake(
     dout: Tensor, rows: Tensor, w: Tensor, expert_offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def _ragged_gemm_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]
 
 
 torch.library.register_autograd(
-    "moe_kernels::ragged_gemm", _ragged_gemm_backward, setup_context=_save_operands, lib=_library
+    "moe_kernels::ragged_gemm", _ragged_gemm_backward, setup_context=_save_operands, lib=library
 )
 
 

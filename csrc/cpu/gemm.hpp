@@ -1,0 +1,36 @@
+// Matrix products by the BLAS of `Blas`.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace moe {
+namespace MOE_ISA {
+
+// A row-major operand: its rows in memory are `stride` apart.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+  bool transposed = false;
+};
+
+// Row-major c (m, n) = op(a) (m, k) · op(b) (k, n) + beta c, on the calling thread.
+template <class Operand, class A>
+MOE_INLINE void gemm(int64_t m, int64_t n, int64_t k, Matrix<const Operand> a,
+                     Matrix<const Operand> b, A beta, Matrix<A> c) {
+  const char trans_a = a.transposed ? 'T' : 'N', trans_b = b.transposed ? 'T' : 'N';
+  const int rows = static_cast<int>(m), columns = static_cast<int>(n), depth = static_cast<int>(k);
+  const int lda = static_cast<int>(a.stride), ldb = static_cast<int>(b.stride);
+  const int ldc = static_cast<int>(c.stride);
+  const A alpha = 1;
+  Blas::Gemm run = blas.bf16;
+  if constexpr (sizeof(Operand) == 4) run = blas.f32;
+  if constexpr (sizeof(Operand) == 8) run = blas.f64;
+  // A row-major matrix is the transpose of a column-major one: c^T = op(b)^T op(a)^T.
+  run(&trans_b, &trans_a, &columns, &rows, &depth, &alpha, b.data, &ldb, a.data, &lda, &beta,
+      c.data, &ldc);
+}
+
+}  // namespace MOE_ISA
+}  // namespace moe

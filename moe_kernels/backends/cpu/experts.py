@@ -1,0 +1,181 @@
+"""Expert MLP and grouped GEMM on the CPU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels.autocast import autocast_operands
+from moe_kernels.backends.cpu import fallback
+from moe_kernels.backends.cpu.native import (
+    ACTIVATIONS,
+    DTYPES,
+    address,
+    check_indices,
+    native,
+    wide_dtype,
+)
+from moe_kernels.backends.cpu.products import PRODUCTS
+from moe_kernels.backends.reference.ragged_gemm import host_offsets
+from moe_kernels.ops import experts as ops
+from moe_kernels.plan import RoutingPlan
+
+Inputs = tuple[Tensor | None, ...]
+
+
+def _contiguous(tensors: tuple[Any, ...]) -> list[Any]:
+    return [t.contiguous() if isinstance(t, Tensor) else t for t in tensors]
+
+
+def _sizes(x: Tensor, w_out: Tensor, token_indices: Tensor) -> list[int]:
+    experts, hidden, intermediate = w_out.shape
+    return [x.shape[0], experts, token_indices.shape[0], hidden, intermediate]
+
+
+def _check(x: Tensor, indices: tuple[Tensor, ...]) -> None:
+    token_indices, row_indices, row_offsets, expert_offsets = indices
+    check_indices("token_indices", token_indices, x.shape[0])
+    check_indices("row_indices", row_indices, token_indices.shape[0])
+    check_indices("row_offsets", row_offsets, row_indices.shape[0] + 1)
+    host_offsets(expert_offsets, token_indices.shape[0])
+
+
+def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
+    inputs = tuple(_contiguous(inputs))
+    x, weights, w_in, w_out, bias_in, bias_out, *indices, activation = inputs
+    _check(x, tuple(indices))
+    if not PRODUCTS.serve(x.dtype):
+        return fallback.expert_mlp_fwd(*inputs)
+    out = torch.empty_like(x)
+    h = x.new_empty(indices[0].shape[0], w_in.shape[1])
+    parts = [x, w_in, w_out, bias_in, bias_out, weights, *indices, h]
+    native.expert_mlp_fwd(
+        DTYPES[x.dtype],
+        ACTIVATIONS[activation],
+        bool(PRODUCTS.bf16),
+        [address(part) for part in parts],
+        _sizes(x, w_out, indices[0]),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, h
+
+
+def _mlp_bwd_kernel(
+    dout: Tensor, h: Tensor, wanted: list[bool], *inputs: Any
+) -> tuple[Tensor, ...]:
+    dout, h = _contiguous((dout, h))
+    inputs = tuple(_contiguous(inputs))
+    x, weights, w_in, w_out, bias_in, bias_out, *indices, activation = inputs
+    if not PRODUCTS.serve(x.dtype):
+        return fallback.expert_mlp_bwd(dout, h, wanted, *inputs)
+    differentiable = (x, weights, w_in, w_out, bias_in, bias_out)
+    gradients = tuple(
+        ops.empty_gradient(x, tensor, want)
+        for tensor, want in zip(differentiable, wanted, strict=True)
+    )
+    addresses = [
+        address(gradient) if tensor is not None and want else 0
+        for gradient, tensor, want in zip(gradients, differentiable, wanted, strict=True)
+    ]
+    dx, dweights, *others = addresses
+    parts = [x, w_in, w_out, bias_in, bias_out, weights, *indices, h]
+    native.expert_mlp_bwd(
+        DTYPES[x.dtype],
+        ACTIVATIONS[activation],
+        bool(PRODUCTS.bf16),
+        [address(part) for part in parts],
+        _sizes(x, w_out, indices[0]),
+        [dout.data_ptr(), dx, *others, dweights],
+        torch.get_num_threads(),
+    )
+    return gradients
+
+
+def _gemm_kernel(rows: Tensor, w: Tensor, expert_offsets: Tensor) -> Tensor:
+    rows, w, expert_offsets = _contiguous((rows, w, expert_offsets))
+    host_offsets(expert_offsets, rows.shape[0])
+    if not PRODUCTS.serve(rows.dtype):
+        return fallback.grouped_gemm_fwd(rows, w, expert_offsets)
+    out = rows.new_empty(rows.shape[0], w.shape[1])
+    native.grouped_gemm_fwd(
+        DTYPES[rows.dtype],
+        bool(PRODUCTS.bf16),
+        rows.data_ptr(),
+        w.data_ptr(),
+        expert_offsets.data_ptr(),
+        out.data_ptr(),
+        w.shape[0],
+        rows.shape[0],
+        w.shape[2],
+        w.shape[1],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _gemm_bwd_kernel(
+    dout: Tensor, wanted: list[bool], rows: Tensor, w: Tensor, expert_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    dout, rows, w, expert_offsets = _contiguous((dout, rows, w, expert_offsets))
+    if not PRODUCTS.serve(rows.dtype):
+        return fallback.grouped_gemm_bwd(dout, wanted, rows, w, expert_offsets)
+    drows = ops.empty_gradient(rows, rows, wanted[0])
+    dw = ops.empty_gradient(rows, w, wanted[1])
+    native.grouped_gemm_bwd(
+        DTYPES[rows.dtype],
+        bool(PRODUCTS.bf16),
+        rows.data_ptr(),
+        w.data_ptr(),
+        expert_offsets.data_ptr(),
+        dout.data_ptr(),
+        drows.data_ptr() if wanted[0] else 0,
+        dw.data_ptr() if wanted[1] else 0,
+        w.shape[0],
+        rows.shape[0],
+        w.shape[2],
+        w.shape[1],
+        torch.get_num_threads(),
+    )
+    return drows, dw
+
+
+ops.expert_mlp.implement("cpu", _mlp_kernel)
+ops.expert_mlp_bwd.implement("cpu", _mlp_bwd_kernel)
+ops.grouped_gemm.implement("cpu", _gemm_kernel)
+ops.grouped_gemm_bwd.implement("cpu", _gemm_bwd_kernel)
+
+
+def grouped_gemm(
+    rows: Tensor, w: Tensor, expert_offsets: Tensor, rows_per_expert: int | None
+) -> Tensor:
+    """See ``moe_kernels.grouped_gemm``; equal groups need no case of their own here."""
+    return ops.grouped_gemm(rows, w, expert_offsets)
+
+
+def expert_mlp(
+    x: Tensor,
+    plan: RoutingPlan,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    activation: str,
+    bias_in: Tensor | None,
+    bias_out: Tensor | None,
+) -> Tensor:
+    """See ``moe_kernels.expert_mlp``."""
+    tokens, w_in, w_out = autocast_operands(x, w_in, w_out)
+    out, _ = ops.expert_mlp(
+        tokens,
+        plan.routing_weights.to(wide_dtype(tokens.dtype)),
+        w_in,
+        w_out,
+        None if bias_in is None else bias_in.to(tokens.dtype),
+        None if bias_out is None else bias_out.to(tokens.dtype),
+        plan.token_indices,
+        plan.row_indices,
+        plan.row_offsets,
+        plan.expert_offsets,
+        activation,
+    )
+    return out.to(x.dtype)

@@ -1,0 +1,83 @@
+"""Dispatch and combine on the CPU."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels.backends.cpu.native import DTYPES, address, check_indices, native, wide_dtype
+from moe_kernels.ops import rows as ops
+from moe_kernels.plan import RoutingPlan
+
+
+def _gather_kernel(
+    x: Tensor, token_indices: Tensor, weights: Tensor | None, values: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    values = None if values is None else values.contiguous()
+    check_indices("token_indices", token_indices, x.shape[0])
+    rows = x.new_empty(token_indices.shape[0], x.shape[1])
+    dweights = None
+    if values is not None:
+        assert weights is not None
+        dweights = torch.empty_like(weights)
+    native.gather(
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        address(values),
+        address(weights),
+        token_indices.data_ptr(),
+        rows.data_ptr(),
+        address(dweights),
+        *rows.shape,
+        torch.get_num_threads(),
+    )
+    return rows, x.new_empty(0) if dweights is None else dweights
+
+
+def _sum_rows_kernel(
+    rows: Tensor, weights: Tensor | None, row_indices: Tensor, row_offsets: Tensor
+) -> Tensor:
+    rows = rows.contiguous()
+    check_indices("row_indices", row_indices, rows.shape[0])
+    check_indices("row_offsets", row_offsets, row_indices.shape[0] + 1)
+    out = rows.new_empty(row_offsets.shape[0] - 1, rows.shape[1])
+    native.combine(
+        DTYPES[rows.dtype],
+        rows.data_ptr(),
+        address(weights),
+        row_indices.data_ptr(),
+        row_offsets.data_ptr(),
+        out.data_ptr(),
+        *out.shape,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _dispatch_kernel(
+    x: Tensor, token_indices: Tensor, row_indices: Tensor, row_offsets: Tensor
+) -> Tensor:
+    # A copy of rows runs at the speed of memory: PyTorch's gather is as fast as one of ours.
+    return x.index_select(0, token_indices)
+
+
+def _combine_kernel(
+    rows: Tensor, weights: Tensor, token_indices: Tensor, row_indices: Tensor, row_offsets: Tensor
+) -> Tensor:
+    return _sum_rows_kernel(rows, weights.contiguous(), row_indices, row_offsets)
+
+
+ops.gather.implement("cpu", _gather_kernel)
+ops.sum_rows.implement("cpu", _sum_rows_kernel)
+ops.dispatch.implement("cpu", _dispatch_kernel)
+ops.combine.implement("cpu", _combine_kernel)
+
+
+def dispatch(x: Tensor, plan: RoutingPlan) -> Tensor:
+    """See ``moe_kernels.dispatch``."""
+    return ops.dispatch(x, plan.token_indices, plan.row_indices, plan.row_offsets)
+
+
+def combine(rows: Tensor, plan: RoutingPlan) -> Tensor:
+    """See ``moe_kernels.combine``."""
+    weights = plan.routing_weights.to(wide_dtype(rows.dtype))
+    return ops.combine(rows, weights, plan.token_indices, plan.row_indices, plan.row_offsets)
