@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+import moe_kernels as mk
 from dit_models.backbone import DiT
-from dit_models.initialization import reset_layers
 from dit_models.model_config import ModelConfig
 
 
-class DenseFFN(nn.Module):
+class DenseFFN(mk.SharedExpert):
     """down_proj(gelu_tanh(up_proj(x))), (B, S, D) -> (B, S, D); it has no routing plan.
 
     Args:
@@ -22,18 +21,11 @@ class DenseFFN(nn.Module):
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, bias: bool = True, **factory: Any
     ) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias, **factory)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, **factory)
-        self.reset_parameters()
+        super().__init__(hidden_size, intermediate_size, "gelu_tanh", bias, **factory)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """x (B, S, D) -> (out (B, S, D), None)."""
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh")), None
-
-    def reset_parameters(self) -> None:
-        """Xavier uniform weights, zero biases."""
-        reset_layers(self)
+        return super().forward(x), None
 
 
 def dense_ffn(config: ModelConfig, **factory: Any) -> DenseFFN:

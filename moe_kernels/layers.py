@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels.backends.reference.expert_mlp import activate
+from moe_kernels.backends import resolve
 from moe_kernels.checks import check_choice, check_floating, check_positive_int
 from moe_kernels.expert_mlp import ACTIVATIONS, expert_mlp
 from moe_kernels.plan import RoutingPlan
@@ -305,7 +305,9 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.down_proj(activate(getattr(self, self._in_name)(x), self.activation))
+        h = getattr(self, self._in_name)(x)
+        activate = resolve("activation", h.device)
+        return self.down_proj(activate(h, self.activation))
 
 
 class MoE(nn.Module):

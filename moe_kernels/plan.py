@@ -1,10 +1,12 @@
 """``RoutingPlan``: what a router decided, in the one form that every later stage reads."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_kernels.ops.pack import PlanIndices, packed_sizes, unpack
 
 if TYPE_CHECKING:
     from moe_kernels.telemetry import RoutingStats
@@ -17,18 +19,16 @@ class FusedRouting(NamedTuple):
         load_balance: scalar, the balance loss over the whole pool, differentiable.
         z_loss: scalar, differentiable.
         terms: (2 + E,) balance loss per sequence, mean entropy (no gradient), mean distribution.
-        row_experts: (R,) int32, the expert of each entry of ``row_indices``.
-        histogram: (E + 1,) int32, tokens that 0, 1, ..., E experts took.
+        packed: int32, all indices of the plan in one buffer; see ``RoutingPlan.packed_indices``.
     """
 
     load_balance: Tensor
     z_loss: Tensor
     terms: Tensor
-    row_experts: Tensor
-    histogram: Tensor
+    packed: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RoutingPlan:
     """Which token each expert row reads, with what weight, and the way back.
 
@@ -72,9 +72,37 @@ class RoutingPlan:
     tokens_per_expert: Tensor
     row_indices: Tensor
     row_offsets: Tensor
-    expert_indices: Tensor | None = None
+    expert_indices: Tensor | None
     backend: str = "reference"
     fused: FusedRouting | None = None
+
+    @classmethod
+    def from_kernel(cls, fused: FusedRouting, **fields: Any) -> "RoutingPlan":
+        """Make a plan whose indices are views of one buffer.
+
+        In eager code the views are cut when first asked for (``__getattr__``): with them and the
+        checks of a frozen dataclass, making the plan would take longer than routing 256 tokens.
+        """
+        if torch.compiler.is_compiling():
+            indices = _cut(fused.packed, **fields)
+            return cls(fused=fused, **fields, **_index_fields(indices, fields))
+        plan = object.__new__(cls)
+        plan.__dict__.update(fields, fused=fused)
+        return plan
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _INDEX_FIELDS or "fused" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.__dict__.update(_index_fields(self.packed_indices, self.__dict__))
+            return self.__dict__[name]
+
+    @property
+    def packed_indices(self) -> PlanIndices:
+        """The parts of ``fused.packed``."""
+        assert self.fused is not None
+        return _cut(self.fused.packed, **self.__dict__)
 
     @property
     def router_probs(self) -> Tensor:
@@ -87,7 +115,7 @@ class RoutingPlan:
     @property
     def num_rows(self) -> int:
         """R, known on the host."""
-        return self.token_indices.shape[0]
+        return self.routing_weights.shape[0]
 
     @property
     def rows_per_expert(self) -> int | None:
@@ -126,6 +154,33 @@ class RoutingPlan:
         else:
             _check_token_choice(self)
         return self
+
+
+_INDEX_FIELDS = (
+    *("token_indices", "expert_offsets", "tokens_per_expert", "row_indices", "row_offsets"),
+    "expert_indices",
+)
+
+
+def _cut(
+    packed: Tensor,
+    *,
+    num_tokens: int,
+    num_experts: int,
+    num_groups: int,
+    routing_weights: Tensor,
+    top_k: int | None,
+    **_: Any,
+) -> PlanIndices:
+    rows = routing_weights.shape[0]
+    return unpack(packed, packed_sizes(num_tokens, num_experts, num_groups, rows, top_k or 0))
+
+
+def _index_fields(indices: PlanIndices, fields: dict[str, Any]) -> dict[str, Any]:
+    named = {name: getattr(indices, name) for name in _INDEX_FIELDS}
+    top_k = fields["top_k"]
+    by_token = None if top_k is None else indices.expert_indices.view(-1, top_k)
+    return {**named, "expert_indices": by_token}
 
 
 def _require(condition: bool | Tensor, invariant: str) -> None:

@@ -1,6 +1,8 @@
 """Stage 1, route: router logits to a ``RoutingPlan``, by expert choice or token choice."""
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,23 +109,11 @@ def expert_choice(
     Source: EC-DiT (arXiv 2410.02098), Algorithm 1; Zhou et al. (arXiv 2202.09368).
     """
     check_floating("router_logits", router_logits, 2, "(num_tokens, num_experts)")
-    check_choice("affinity", affinity, ("softmax", "sigmoid", "identity"))
-    check_choice("normalize", normalize, NORMALIZE)
-    check_positive_int("num_groups", num_groups)
-    if affinity == "identity" and normalize == "per_token":
-        raise ValueError(
-            'normalize is "per_token" with affinity "identity"; raw logits can sum to 0, '
-            'so use affinity "softmax" or "sigmoid", or normalize "none".'
-        )
     num_tokens, num_experts = router_logits.shape
-    check_positive_int("num_experts (router_logits.shape[1])", num_experts)
-    if num_tokens % num_groups:
-        raise ValueError(
-            f"num_groups {num_groups} does not divide the {num_tokens} tokens of router_logits; "
-            "expected groups of equal size."
-        )
-    capacity = _capacity(
-        num_tokens // num_groups, num_experts, capacity_factor, capacity, rounding, multiple_of
+    capacity = _run_check(
+        _check_expert_choice,
+        *(num_tokens, num_experts, capacity_factor, capacity, num_groups, affinity, normalize),
+        *(rounding, multiple_of),
     )
     route = resolve("expert_choice", router_logits.device, backend)
     return route(
@@ -182,22 +172,14 @@ def token_choice(
     (arXiv 2412.19437), eq. 12-16.
     """
     check_floating("router_logits", router_logits, 2, "(num_tokens, num_experts)")
-    check_choice("affinity", affinity, ("softmax", "sigmoid"))
-    check_choice("normalize", normalize, NORMALIZE)
-    check_positive_int("top_k", top_k)
-    check_positive_int("num_groups", num_groups)
-    check_positive_int("num_expert_groups", num_expert_groups)
     num_tokens, num_experts = router_logits.shape
-    if top_k > num_experts:
-        raise ValueError(f"top_k is {top_k}; expected at most num_experts = {num_experts}.")
-    if num_tokens % num_groups:
-        raise ValueError(
-            f"num_groups {num_groups} does not divide the {num_tokens} tokens of router_logits; "
-            "expected sequences of equal length."
-        )
     if top_k_groups is None:
         top_k_groups = num_expert_groups
-    _check_expert_groups(num_experts, top_k, num_expert_groups, top_k_groups)
+    _run_check(
+        _check_token_choice,
+        *(num_tokens, num_experts, top_k, num_groups, affinity, normalize),
+        *(num_expert_groups, top_k_groups),
+    )
     if selection_bias is not None:
         check_floating("selection_bias", selection_bias, 1, "(num_experts,)")
         check_shape("selection_bias", selection_bias, (num_experts,), "(num_experts,)")
@@ -220,6 +202,75 @@ def token_choice(
 def _routing_precision(router_logits: Tensor) -> Tensor:
     """Routing is done in fp32 whatever the input, so that bf16 logits do not make false ties."""
     return router_logits if router_logits.dtype == torch.float64 else router_logits.float()
+
+
+def _run_check(check: Any, *options: Any) -> Any:
+    """Check plain numbers and words; options that have passed once are not checked again."""
+    if torch.compiler.is_compiling():
+        return check.__wrapped__(*options)
+    try:
+        return check(*options)
+    except TypeError:  # an option that cannot be remembered: let the check say what is wrong
+        return check.__wrapped__(*options)
+
+
+@lru_cache(maxsize=1024, typed=True)  # typed: top_k=True is not top_k=1
+def _check_expert_choice(
+    num_tokens: int,
+    num_experts: int,
+    capacity_factor: float | None,
+    capacity: int | None,
+    num_groups: int,
+    affinity: str,
+    normalize: str,
+    rounding: str,
+    multiple_of: int,
+) -> int:
+    """Check the options of ``expert_choice`` and return the capacity."""
+    check_choice("affinity", affinity, ("softmax", "sigmoid", "identity"))
+    check_choice("normalize", normalize, NORMALIZE)
+    check_positive_int("num_groups", num_groups)
+    if affinity == "identity" and normalize == "per_token":
+        raise ValueError(
+            'normalize is "per_token" with affinity "identity"; raw logits can sum to 0, '
+            'so use affinity "softmax" or "sigmoid", or normalize "none".'
+        )
+    check_positive_int("num_experts (router_logits.shape[1])", num_experts)
+    if num_tokens % num_groups:
+        raise ValueError(
+            f"num_groups {num_groups} does not divide the {num_tokens} tokens of router_logits; "
+            "expected groups of equal size."
+        )
+    return _capacity(
+        num_tokens // num_groups, num_experts, capacity_factor, capacity, rounding, multiple_of
+    )
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _check_token_choice(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    num_groups: int,
+    affinity: str,
+    normalize: str,
+    num_expert_groups: int,
+    top_k_groups: int,
+) -> None:
+    """Check the options of ``token_choice``."""
+    check_choice("affinity", affinity, ("softmax", "sigmoid"))
+    check_choice("normalize", normalize, NORMALIZE)
+    check_positive_int("top_k", top_k)
+    check_positive_int("num_groups", num_groups)
+    check_positive_int("num_expert_groups", num_expert_groups)
+    if top_k > num_experts:
+        raise ValueError(f"top_k is {top_k}; expected at most num_experts = {num_experts}.")
+    if num_tokens % num_groups:
+        raise ValueError(
+            f"num_groups {num_groups} does not divide the {num_tokens} tokens of router_logits; "
+            "expected sequences of equal length."
+        )
+    _check_expert_groups(num_experts, top_k, num_expert_groups, top_k_groups)
 
 
 def _capacity(

@@ -53,11 +53,11 @@ def routing_stats(plan: RoutingPlan) -> RoutingStats:
 
 def _fused_stats(plan: RoutingPlan, fused: FusedRouting) -> RoutingStats:
     """The same from what the routing kernel counted."""
-    terms = fused.terms.detach()
+    terms, histogram = fused.terms.detach(), plan.packed_indices.histogram
     return RoutingStats(
         tokens_per_expert=plan.tokens_per_expert,
         mean_prob=terms[MEAN_PROB:],
         entropy=terms[ENTROPY],
-        unrouted_fraction=fused.histogram[0].to(terms.dtype) / max(plan.num_tokens, 1),
-        experts_per_token_histogram=fused.histogram.long(),
+        unrouted_fraction=histogram[0] / max(plan.num_tokens, 1),
+        experts_per_token_histogram=histogram.long(),
     )

@@ -19,7 +19,7 @@ MOE_INLINE void for_each_row(const ActivationArgs& args, Row row) {
     const int64_t end = min_of((s + 1) * span, args.num_rows);
     int64_t expert = 0;
     for (int64_t r = s * span; r < end; ++r) {
-      while (args.expert_offsets[expert + 1] <= r) ++expert;
+      while (args.expert_offsets != nullptr && args.expert_offsets[expert + 1] <= r) ++expert;
       row(r, expert);
     }
   }
@@ -57,11 +57,16 @@ void activation_bwd(const ActivationArgs& args) {
       const A* weights = static_cast<const A*>(args.weights);
       A* dweights = static_cast<A*>(args.dweights);
       for_each_row(args, [&](int64_t r, int64_t expert) {
-        const A dweight = activate_row_bwd<A, act>(
-            static_cast<const S*>(args.h) + r * columns,
-            bias == nullptr ? bias : bias + expert * columns,
-            weights == nullptr ? A(1) : weights[r], static_cast<const S*>(args.da) + r * size,
-            static_cast<S*>(args.a) + r * size, static_cast<S*>(args.dh) + r * columns, size);
+        const S* h = static_cast<const S*>(args.h) + r * columns;
+        const S* own_bias = bias == nullptr ? bias : bias + expert * columns;
+        const A weight = weights == nullptr ? A(1) : weights[r];
+        const S* da = static_cast<const S*>(args.da) + r * size;
+        S* dh = static_cast<S*>(args.dh) + r * columns;
+        S* a = static_cast<S*>(args.a);
+        const A dweight =
+            a == nullptr
+                ? activate_row_bwd<A, act, false>(h, own_bias, weight, da, a, dh, size)
+                : activate_row_bwd<A, act, true>(h, own_bias, weight, da, a + r * size, dh, size);
         if (dweights != nullptr) dweights[r] = dweight;
       });
     });

@@ -25,8 +25,9 @@ MOE_INLINE void activate_row(const H* h, const B* bias, A weight, To* a, int64_t
   });
 }
 
-// From da = d(loss)/d(a): a again, dh, and d(weight) = <da, act(h + bias)>, which is returned.
-template <class A, Activation Act, class H, class B, class Da, class To>
+// From da = d(loss)/d(a): dh, and d(weight) = <da, act(h + bias)>, which is returned; with WriteA
+// also a again.
+template <class A, Activation Act, bool WriteA, class H, class B, class Da, class To>
 MOE_INLINE A activate_row_bwd(const H* h, const B* bias, A weight, const Da* da, To* a, To* dh,
                               int64_t size) {
   Vec<A> dot = {};
@@ -38,13 +39,13 @@ MOE_INLINE A activate_row_bwd(const H* h, const B* bias, A weight, const Da* da,
       const Vec<A> up = add_bias<A>(load_part<A>(h + size + i, count), bias, size + i, count);
       const Vec<A> value = act.value * up;
       dot += upstream * value;
-      store_part<A>(a + i, value * weight, count);
+      if constexpr (WriteA) store_part<A>(a + i, value * weight, count);
       const Vec<A> weighted = upstream * weight;
       store_part<A>(dh + i, weighted * up * act.derivative, count);
       store_part<A>(dh + size + i, weighted * act.value, count);
     } else {
       dot += upstream * act.value;
-      store_part<A>(a + i, act.value * weight, count);
+      if constexpr (WriteA) store_part<A>(a + i, act.value * weight, count);
       store_part<A>(dh + i, upstream * weight * act.derivative, count);
     }
   });

@@ -43,7 +43,8 @@ bool score_chunk(const ExpertChoiceArgs& args, Work<T>& work, int64_t begin, int
     auto* keys = work.keys + (token - group_begin);
     for (int64_t e = 0; e < args.experts; ++e) {
       const Int<T> key = ordered_keys<T>(work.block.affinity[e]);
-      memcpy(keys + e * work.stride, &key, count * sizeof(T));
+      // Always a whole vector: the last one of a group ends in the space behind the row.
+      memcpy(keys + e * work.stride, &key, sizeof(key));
     }
   }
   chunk.write(sums, args.experts);
@@ -59,7 +60,7 @@ MOE_INLINE void select_rows(const ExpertChoiceArgs& args, const PlanLayout& layo
   const int64_t first = group * group_size;
   int32_t* out = args.plan + layout.token_indices + row;
   const Threshold<T> threshold = find_threshold<T>(keys, group_size, args.capacity, spare);
-  take_chosen<T>(keys, group_size, args.capacity, threshold, static_cast<int32_t>(first), out);
+  take_chosen<T>(keys, group_size, threshold, static_cast<int32_t>(first), out);
   T* weights = static_cast<T*>(args.weights) + row;
   const T* logits = static_cast<const T*>(args.logits);
   for (int64_t c = 0; c < args.capacity; ++c) {

@@ -75,7 +75,7 @@ struct Backward {
         static_cast<const S*>(args.w_out) + expert * hidden * inner, hidden * inner, copy);
     gemm<Operand, A>(rows, inner, hidden, {dy, hidden}, {w_out, inner}, A(0), {da, inner});
     for (int64_t r = 0; r < rows; ++r) {
-      A dweight = activate_row_bwd<A, Act>(
+      A dweight = activate_row_bwd<A, Act, true>(
           static_cast<const S*>(args.h) + (begin + r) * columns,
           bias_in == nullptr ? bias_in : bias_in + expert * columns, weights[begin + r],
           da + r * inner, slot.a + (from + r) * inner, dh + r * columns, inner);
@@ -153,12 +153,14 @@ struct Backward {
 
   void run() const {
     const int32_t* offsets = args.expert_offsets;
+    prefer_huge_pages(args.dw_in, args.experts * columns * hidden * sizeof(S));
+    prefer_huge_pages(args.dw_out, args.experts * hidden * inner * sizeof(S));
     int64_t most_rows = 0;
     for (int64_t e = 0; e < args.experts; ++e) {
       most_rows = max_of(most_rows, offsets[e + 1] - offsets[e]);
       if (offsets[e + 1] == offsets[e]) clear_expert(e);
     }
-    const int team = args.threads > 1 ? args.threads : 1;
+    const int team = team_size(args.threads, args.rows, hidden, columns);
     // Row pieces run this many experts ahead of weight pieces; one more buffer, so that the next
     // expert can start while the weight pieces of the oldest end.
     const int64_t ahead = 1 + team / 4, slots = min_of(ahead + 2, args.experts);

@@ -66,9 +66,10 @@ struct Forward {
 
   void run() const {
     const int32_t* offsets = args.expert_offsets;
+    prefer_huge_pages(args.h, args.rows * columns * sizeof(S));
     const int64_t y_bytes = aligned_bytes<A>(args.rows * hidden);
     const int64_t order_bytes = aligned_bytes<int32_t>(args.experts);
-    const int team = args.threads > 1 ? args.threads : 1;
+    const int team = team_size(args.threads, args.rows, hidden, columns);
     const Scratch scratch(y_bytes + order_bytes + team * own_bytes);
     A* y = scratch.as<A>();
     int32_t* order = reinterpret_cast<int32_t*>(scratch.as<char>() + y_bytes);

@@ -37,6 +37,13 @@ MOE_INLINE void with_types(Dtype dtype, bool native_bf16, Body body) {
   }
 }
 
+// Fewer multiplications than this are not worth waking other threads.
+constexpr int64_t kParallelProducts = int64_t{1} << 21;
+
+MOE_INLINE int team_size(int threads, int64_t rows, int64_t in, int64_t out) {
+  return rows * in * out >= kParallelProducts ? threads : 1;
+}
+
 // Rows of one product: enough pieces to share among threads, none too small to be fast.
 MOE_INLINE int64_t rows_per_piece(int64_t rows) {
   const int64_t wanted = ceil_div(rows / 16, 32) * 32;

@@ -23,6 +23,7 @@ struct GroupedGemm {
   const int64_t wide_bytes =
       Types::same_wide ? 0 : aligned_bytes<A>(max_of(piece * max_of(in, out), kWeightRows* in));
   const int64_t own_bytes = rows_bytes + weight_bytes + wide_bytes;
+  const int team = team_size(args.threads, args.num_rows, in, out);
 
   const S* rows_of(const void* base, int64_t row, int64_t width) const {
     return static_cast<const S*>(base) + row * width;
@@ -56,7 +57,6 @@ struct GroupedGemm {
   // Calls body(expert, piece number, pieces) for every piece, shared among the threads.
   template <class Pieces, class Body>
   void share(const int32_t* order, int64_t active, char* owns, Pieces pieces, Body body) const {
-    const int team = args.threads > 1 ? args.threads : 1;
     Counter counter;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
@@ -72,7 +72,6 @@ struct GroupedGemm {
 
   void run(bool backward) const {
     const int32_t* offsets = args.expert_offsets;
-    const int team = args.threads > 1 ? args.threads : 1;
     const int64_t order_bytes = aligned_bytes<int32_t>(args.experts);
     const bool copies = backward && args.dw != nullptr && !Types::same_operand;
     const int64_t in_bytes = copies ? aligned_bytes<Operand>(args.num_rows * in) : 0;
@@ -92,6 +91,7 @@ struct GroupedGemm {
       });
     }
     if (!backward || args.dw == nullptr) return;
+    prefer_huge_pages(args.dw, args.experts * in * out * sizeof(S));
     for (int64_t e = 0; e < args.experts; ++e) {
       if (offsets[e + 1] > offsets[e]) continue;
       memset(static_cast<S*>(args.dw) + e * in * out, 0, in * out * sizeof(S));

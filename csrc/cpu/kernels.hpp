@@ -142,8 +142,8 @@ struct ActivationArgs {
   const void* h;                  // (R, F), or (R, 2F) gate half first for swiglu
   const void* bias;               // (E, columns of h) or null
   const void* weights;            // (R,) or null (all 1): f64 for f64, else f32
-  const int32_t* expert_offsets;  // (E + 1,)
-  void* a;                        // (R, F): forward result; recomputed by the backward
+  const int32_t* expert_offsets;  // (E + 1,), or null: one expert
+  void* a;                        // (R, F): forward result; by the backward again, or null
   const void* da;                 // (R, F), backward
   void* dh;                       // (R, columns of h), backward
   void* dweights;                 // (R,) or null, backward: <da, act(h + bias)>

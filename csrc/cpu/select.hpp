@@ -35,17 +35,54 @@ template <class T>
 MOE_INLINE int64_t count_at_least(const typename Simd<T>::IntScalar* keys, int64_t size,
                                   typename Simd<T>::IntScalar bound) {
   constexpr int lanes = Simd<T>::lanes;
+  int64_t total = 0, i = 0;
+#if defined(MOE_ISA_AVX512)
+  for (; i + lanes <= size; i += lanes) {
+    Int<T> key;
+    memcpy(&key, keys + i, sizeof(key));
+    total += __builtin_popcount(lane_mask<T>(key >= bound));
+  }
+#else
   Int<T> counts = {};
-  int64_t i = 0;
   for (; i + lanes <= size; i += lanes) {
     Int<T> key;
     memcpy(&key, keys + i, sizeof(key));
     counts -= key >= bound;
   }
-  int64_t total = 0;
-  for (; i < size; ++i) total += keys[i] >= bound;
   for (int lane = 0; lane < lanes; ++lane) total += counts[lane];
+#endif
+  for (; i < size; ++i) total += keys[i] >= bound;
   return total;
+}
+
+// Copies the keys inside [low, high] to `out` (which may be `keys`) and returns how many there are.
+template <class T>
+MOE_INLINE int64_t keep_between(const typename Simd<T>::IntScalar* keys, int64_t size,
+                                typename Simd<T>::IntScalar low, typename Simd<T>::IntScalar high,
+                                typename Simd<T>::IntScalar* out) {
+  int64_t kept = 0, i = 0;
+#if defined(MOE_ISA_AVX512)
+  constexpr int lanes = Simd<T>::lanes;
+  for (; i + lanes <= size; i += lanes) {
+    Int<T> key;
+    memcpy(&key, keys + i, sizeof(key));
+    const uint32_t mask = lane_mask<T>((key >= low) & (key <= high));
+    if (mask == 0) continue;
+    // Compressed in a register: compressing to memory is slow on some processors. What is written
+    // behind the kept keys has been read already, or is not yet in use.
+    const __m512i value = bit_cast<__m512i>(key);
+    const __m512i packed = sizeof(T) == 4 ? _mm512_maskz_compress_epi32(mask, value)
+                                          : _mm512_maskz_compress_epi64(mask, value);
+    _mm512_storeu_si512(out + kept, packed);
+    kept += __builtin_popcount(mask);
+  }
+#endif
+  for (; i < size; ++i) {
+    const typename Simd<T>::IntScalar key = keys[i];
+    out[kept] = key;
+    kept += key >= low && key <= high;
+  }
+  return kept;
 }
 
 // Bisection on the key. Candidates are copied together (into `spare`, size keys) once the open
@@ -80,13 +117,17 @@ MOE_INLINE Threshold<T> find_threshold(const typename Simd<T>::IntScalar* keys, 
   int64_t from_low = size, above_high = 0;
   const I* pool = keys;
   int64_t pool_size = size, above_pool = 0;
-  while (low < high) {
-    using U = typename Simd<T>::UInt;
-    (void)sizeof(U);
-    const uint64_t width = static_cast<uint64_t>(static_cast<int64_t>(high)) -
-                           static_cast<uint64_t>(static_cast<int64_t>(low));
-    const I middle = static_cast<I>(static_cast<int64_t>(
-        static_cast<uint64_t>(static_cast<int64_t>(low)) + width / 2 + (width & 1)));
+  for (int step = 0; low < high; ++step) {
+    // In int64, where the width of the fp32 keys cannot overflow; as unsigned for fp64.
+    const uint64_t width =
+        static_cast<uint64_t>(static_cast<int64_t>(high)) - static_cast<int64_t>(low);
+    uint64_t offset = width / 2 + (width & 1);
+    if (step % 2 == 0) {  // in turn: where the C-th key would lie if keys were spread evenly
+      const double share = static_cast<double>(from_low - capacity) / (from_low - above_high);
+      offset = static_cast<uint64_t>(share * static_cast<double>(width));
+      offset = offset < 1 ? 1 : offset > width ? width : offset;
+    }
+    const I middle = static_cast<I>(static_cast<uint64_t>(static_cast<int64_t>(low)) + offset);
     const int64_t count = above_pool + count_at_least<T>(pool, pool_size, middle);
     if (count == capacity) return {middle, -1};
     if (count > capacity) {
@@ -98,59 +139,51 @@ MOE_INLINE Threshold<T> find_threshold(const typename Simd<T>::IntScalar* keys, 
     }
     const int64_t open = from_low - above_high;
     if (pool_size > 4 * lanes && open * 4 <= pool_size) {
-      int64_t kept = 0;
-      const int64_t old_size = pool_size;
-      for (int64_t i = 0; i < old_size; ++i) {  // in place after the first time: kept <= i
-        const I key = pool[i];
-        spare[kept] = key;
-        kept += key >= low && key <= high;
-      }
+      pool_size = keep_between<T>(pool, pool_size, low, high, spare);
       pool = spare;
-      pool_size = kept;
       above_pool = above_high;
     }
   }
   return {low, capacity - above_high};
 }
 
-// Writes the indices of the chosen keys, ascending; returns nothing: exactly C are written.
+// Writes the indices of the chosen keys, ascending: exactly C of them.
 template <class T>
-MOE_INLINE void take_chosen(const typename Simd<T>::IntScalar* keys, int64_t size, int64_t capacity,
+MOE_INLINE void take_chosen(const typename Simd<T>::IntScalar* keys, int64_t size,
                             Threshold<T> threshold, int32_t first, int32_t* out) {
+  constexpr int lanes = Simd<T>::lanes;
   int64_t taken = 0, i = 0;
-#if defined(MOE_ISA_AVX512)
-  if (threshold.ties < 0) {
-    constexpr int lanes = Simd<T>::lanes;
-    for (; i + lanes <= size && taken + lanes <= capacity; i += lanes) {
-      Int<T> key;
-      memcpy(&key, keys + i, sizeof(key));
-      if constexpr (lanes == 16) {
-        const __mmask16 mask =
-            _mm512_cmpge_epi32_mask(bit_cast<__m512i>(key), _mm512_set1_epi32(threshold.key));
-        const __m512i index = _mm512_add_epi32(
-            _mm512_set1_epi32(first + static_cast<int32_t>(i)),
-            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        // compress to a register, then store: compress to memory is microcoded on some processors
-        _mm512_storeu_si512(out + taken, _mm512_maskz_compress_epi32(mask, index));
-        taken += __builtin_popcount(mask);
-      } else {
-        const __mmask8 mask =
-            _mm512_cmpge_epi64_mask(bit_cast<__m512i>(key), _mm512_set1_epi64(threshold.key));
-        const __m256i index = _mm256_add_epi32(_mm256_set1_epi32(first + static_cast<int32_t>(i)),
-                                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + taken),
-                            _mm256_maskz_compress_epi32(mask, index));
-        taken += __builtin_popcount(mask);
-      }
-    }
-  }
-#endif
   int64_t ties = threshold.ties < 0 ? size : threshold.ties;
-  for (; taken < capacity; ++i) {
-    const bool tie = keys[i] == threshold.key && ties > 0;
-    ties -= tie;
-    out[taken] = first + static_cast<int32_t>(i);
-    taken += keys[i] > threshold.key || tie;
+  for (; i + lanes <= size; i += lanes) {
+    Int<T> key;
+    memcpy(&key, keys + i, sizeof(key));
+    uint32_t chosen = lane_mask<T>(key >= threshold.key);
+    if (chosen == 0) continue;
+    uint32_t equal = lane_mask<T>(key == threshold.key);
+    for (; equal != 0; equal &= equal - 1) {
+      if (ties-- <= 0) chosen &= ~(equal & -equal);
+    }
+    const int32_t base = first + static_cast<int32_t>(i);
+    const int count = __builtin_popcount(chosen);
+#if defined(MOE_ISA_AVX512)
+    if constexpr (lanes == 16) {
+      const __m512i index =
+          _mm512_add_epi32(_mm512_set1_epi32(base),
+                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+      _mm512_mask_storeu_epi32(out + taken, static_cast<__mmask16>((1u << count) - 1),
+                               _mm512_maskz_compress_epi32(static_cast<__mmask16>(chosen), index));
+      taken += count;
+      continue;
+    }
+#endif
+    for (int64_t place = taken; chosen != 0; chosen &= chosen - 1) {
+      out[place++] = base + __builtin_ctz(chosen);
+    }
+    taken += count;
+  }
+  for (; i < size; ++i) {
+    if (keys[i] < threshold.key || (keys[i] == threshold.key && ties-- <= 0)) continue;
+    out[taken++] = first + static_cast<int32_t>(i);
   }
 }
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(MOE_ISA_AVX512) || defined(MOE_ISA_AVX2)
+#if defined(__SSE2__)
 // GCC 12 takes the undefined lanes inside its own intrinsics for a mistake.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -205,6 +205,25 @@ MOE_INLINE T sum_lanes(Vec<T> value) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
+}
+
+// Bit i is set where lane i of a comparison is true.
+template <class T>
+MOE_INLINE uint32_t lane_mask(Int<T> comparison) {
+#if defined(MOE_ISA_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(comparison));
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask(bit_cast<__m512i>(comparison));
+#elif defined(MOE_ISA_AVX2)
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(bit_cast<__m256>(comparison));
+  if constexpr (sizeof(T) == 8) return _mm256_movemask_pd(bit_cast<__m256d>(comparison));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return _mm_movemask_ps(bit_cast<__m128>(comparison));
+  if constexpr (sizeof(T) == 8) return _mm_movemask_pd(bit_cast<__m128d>(comparison));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < Simd<T>::lanes; ++i) mask |= static_cast<uint32_t>(comparison[i] & 1) << i;
+  return mask;
+#endif
 }
 
 MOE_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }

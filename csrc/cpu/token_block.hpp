@@ -6,6 +6,7 @@
 #pragma once
 
 #include "scratch.hpp"
+#include "transpose.hpp"
 #include "vector_math.hpp"
 
 namespace moe {
@@ -40,41 +41,20 @@ MOE_INLINE TokenBlock<T> make_token_block(void* memory, int64_t experts, Affinit
   return block;
 }
 
-// Reads `count` tokens from `token` on; the missing lanes repeat the last token.
-template <class T>
-MOE_INLINE void load_tokens(Vec<T>* block, const T* logits, int64_t token, int64_t count,
-                            int64_t experts) {
-  constexpr int lanes = Simd<T>::lanes;
-  T* out = reinterpret_cast<T*>(block);
-  const T* from = logits + token * experts;
-  for (int lane = 0; lane < lanes; ++lane) {
-    const T* row = from + min_of(lane, count - 1) * experts;
-    for (int64_t e = 0; e < experts; ++e) out[e * lanes + lane] = row[e];
-  }
-}
-
-template <class T>
-MOE_INLINE void store_tokens(T* to, const Vec<T>* block, int64_t token, int64_t count,
-                             int64_t experts) {
-  constexpr int lanes = Simd<T>::lanes;
-  const T* from = reinterpret_cast<const T*>(block);
-  T* out = to + token * experts;
-  for (int64_t lane = 0; lane < count; ++lane) {
-    for (int64_t e = 0; e < experts; ++e) out[lane * experts + e] = from[e * lanes + lane];
-  }
-}
-
 // Softmax into `out`; sets logsumexp and the entropy of the result.
 template <class T>
 MOE_INLINE void softmax_block(TokenBlock<T>& block, Vec<T>* out, int64_t experts) {
   Vec<T> top = block.logits[0];
   for (int64_t e = 1; e < experts; ++e) top = max<T>(top, block.logits[e]);
-  Vec<T> sum = {}, weighted = {};
+  // Kahan's sum: a small addend after a large one is lost otherwise, 130 of them are 2e-6.
+  Vec<T> sum = {}, lost = {}, weighted = {};
   for (int64_t e = 0; e < experts; ++e) {
     const Vec<T> shifted = block.logits[e] - top;
     const Vec<T> value = exp<T>(shifted);
     out[e] = value;
-    sum += value;
+    const Vec<T> addend = value - lost, next = sum + addend;
+    lost = (next - sum) - addend;
+    sum = next;
     weighted += value > T(0) ? value * shifted : value;  // 0 * -inf is 0 here
   }
   const Vec<T> inverse = T(1) / sum;

@@ -27,6 +27,7 @@ OPS = (
     "dispatch",
     "grouped_gemm",
     "expert_mlp",
+    "activation",
     "combine",
     "load_balance_loss",
     "router_z_loss",
@@ -82,6 +83,7 @@ class Backend:
 
 # A plain dictionary, so that torch.compile can read it without tracing the import.
 _loaded: dict[str, dict[str, Callable[..., Any]]] = {}
+_resolved: dict[tuple[str, str, str | None], Callable[..., Any]] = {}
 _broken: dict[str, str] = {}  # backends whose import failed, and why
 
 
@@ -172,7 +174,12 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> Callab
         BackendUnavailable: when an explicit request cannot be met, with the reason.
     """
     requested = _Default.name if backend is None else backend
-    return _loaded[_choose(op, device.type, requested)][op]
+    if torch.compiler.is_compiling():
+        return _loaded[_choose(op, device.type, requested)][op]
+    key = (op, device.type, requested)
+    if key not in _resolved:
+        _resolved[key] = _loaded[_choose(op, device.type, requested)][op]
+    return _resolved[key]
 
 
 @torch.compiler.assume_constant_result

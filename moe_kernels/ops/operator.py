@@ -15,7 +15,7 @@ from torch import Tensor
 
 library = torch.library.Library("moe_kernels", "DEF")
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, bool, str, list})
+_PLAIN_TYPES = frozenset({type(None), int, float, bool, str, list})
 # Where a version of PyTorch lacks these, every call goes through the dispatcher.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_transforms: Callable[[], Any] = getattr(
@@ -23,11 +23,11 @@ _function_transforms: Callable[[], Any] = getattr(
 )
 
 
-def plain_eager(args: tuple[Any, ...]) -> bool:
-    """True when nobody needs to see the op: no compiler, mode, transform or tensor subclass."""
-    if torch.compiler.is_compiling() or _dispatch_modes() or _function_transforms() is not None:
-        return False
-    return all(type(arg) in _PLAIN_TYPES for arg in args)
+def _nobody_watches() -> bool:
+    """True when no compiler, dispatch mode or function transform needs to see the op."""
+    return not (
+        torch.compiler.is_compiling() or _dispatch_modes() or _function_transforms() is not None
+    )
 
 
 class Operator:
@@ -65,6 +65,7 @@ class Operator:
             torch.library.register_autograd(
                 f"moe_kernels::{self.name}", backward, setup_context=setup_context, lib=library
             )
+        self._has_autocast_rule = autocast is not None
         if autocast is not None:
             self._register_autocast(autocast)
         torch.utils.flop_counter.register_flop_formula(packet)(flops or (lambda *_, **__: 0))
@@ -75,21 +76,27 @@ class Operator:
         library.impl(self.name, kernel, device_type.upper())
         self._kernels[device_type] = kernel
         if self._backward is not None and self._setup_context is not None:
-            members = {
-                "forward": staticmethod(kernel),
-                "setup_context": staticmethod(self._setup_context),
-                "backward": staticmethod(self._backward),
-            }
-            self._functions[device_type] = type(self.name, (torch.autograd.Function,), members)
+            self._functions[device_type] = _make_function(
+                self.name, kernel, self._setup_context, self._backward
+            )
 
     def __call__(self, *args: Any) -> Any:
         """Call the op; the first argument is a tensor."""
-        if not plain_eager(args):
+        if not _nobody_watches():
             return self.overload(*args)
+        differentiable = False
+        for arg in args:
+            kind = type(arg)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                differentiable = differentiable or arg.requires_grad
+            elif kind not in _PLAIN_TYPES:  # a tensor subclass knows what to do with an op
+                return self.overload(*args)
         device_type = args[0].device.type
-        if self._backward is None or not torch.is_grad_enabled():
-            return self._kernels[device_type](*args)
-        return self._functions[device_type].apply(*args)
+        if self._has_autocast_rule and torch.is_autocast_enabled(device_type):
+            return self.overload(*args)
+        if differentiable and device_type in self._functions and torch.is_grad_enabled():
+            return self._functions[device_type].apply(*args)
+        return self._kernels[device_type](*args)
 
     def _register_autocast(self, positions: tuple[int, ...]) -> None:
         for device_type in ("cpu", "cuda"):
@@ -111,6 +118,27 @@ class Operator:
                 return self.overload(*cast)
 
         return rule
+
+
+def _make_function(
+    name: str,
+    kernel: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Any:
+    """An ``autograd.Function`` around a kernel.
+
+    With a ``setup_context`` of its own, ``apply`` would bind the arguments to the signature at
+    every call, which costs 55 microseconds.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
 
 
 def _is_castable(arg: Any) -> bool:

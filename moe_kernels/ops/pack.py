@@ -31,4 +31,4 @@ def packed_sizes(
 
 def unpack(packed: Tensor, sizes: list[int]) -> PlanIndices:
     """Views of the parts."""
-    return PlanIndices(*packed.split(sizes))
+    return PlanIndices._make(packed.split_with_sizes(sizes))

@@ -24,10 +24,10 @@ def empty_outputs(router_logits: Tensor, num_groups: int, rows: int, top_k: int)
     tokens, experts = router_logits.shape
     length = sum(packed_sizes(tokens, experts, num_groups, rows, top_k))
     return (
-        torch.empty(rows, dtype=router_logits.dtype, device=router_logits.device),
-        torch.empty((), dtype=router_logits.dtype, device=router_logits.device),
-        torch.empty((), dtype=router_logits.dtype, device=router_logits.device),
-        torch.empty(2 + experts, dtype=router_logits.dtype, device=router_logits.device),
+        router_logits.new_empty(rows),
+        router_logits.new_empty(()),
+        router_logits.new_empty(()),
+        router_logits.new_empty(2 + experts),
         torch.empty(length, dtype=torch.int32, device=router_logits.device),
     )
 

@@ -57,6 +57,7 @@ def test_a_backend_can_be_plugged_in(monkeypatch):
         return torch.tensor(7.0)
 
     fast = backends.Backend("fast", "a plug", ("cpu",), module="a.module")
+    monkeypatch.setattr(backends, "_resolved", {})
     monkeypatch.setitem(backends._loaded, "fast", {"router_z_loss": fake})
     reference = backends.BACKENDS["reference"]
     monkeypatch.setattr(backends, "BACKENDS", {"fast": fast, "reference": reference})

@@ -158,8 +158,9 @@ def test_checkpointing_saves_the_routing_and_keeps_the_gradients(kind):
     loss = (out * upstream).sum() + mk.load_balance_loss(plan) + 0.1 * mk.router_z_loss(plan)
     with CountOps() as ops:
         grads = torch.autograd.grad(loss, [x, *layer.parameters()])
-    assert ops.calls.get("sort", 0) == 0, "the selection was recomputed"
-    assert ops.calls.get("gelu", 0) > 0, "nothing was recomputed"
+    selections = ("sort", "expert_choice", "token_choice")
+    assert not any(ops.calls.get(name) for name in selections), "the selection was recomputed"
+    assert ops.calls.get("gelu") or ops.calls.get("expert_mlp"), "nothing was recomputed"
     for a, b in zip(grads, expected, strict=True):
         assert torch.equal(a, b)
 

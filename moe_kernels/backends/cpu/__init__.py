@@ -1,6 +1,7 @@
 """C++ kernels with OpenMP (``csrc/cpu``): the ops' CPU kernels, and how the stages call the ops."""
 
 from moe_kernels.backends.cpu import products
+from moe_kernels.backends.cpu.activation import activation
 from moe_kernels.backends.cpu.experts import expert_mlp, grouped_gemm
 from moe_kernels.backends.cpu.losses import (
     load_balance_loss,
@@ -17,6 +18,7 @@ IMPLEMENTATIONS = {
     "dispatch": dispatch,
     "grouped_gemm": grouped_gemm,
     "expert_mlp": expert_mlp,
+    "activation": activation,
     "combine": combine,
     "load_balance_loss": load_balance_loss,
     "router_z_loss": router_z_loss,

@@ -38,6 +38,7 @@ def _check(x: Tensor, indices: tuple[Tensor, ...]) -> None:
     check_indices("row_indices", row_indices, token_indices.shape[0])
     check_indices("row_offsets", row_offsets, row_indices.shape[0] + 1)
     host_offsets(expert_offsets, token_indices.shape[0])
+    check_indices("expert_offsets", expert_offsets, token_indices.shape[0] + 1)
 
 
 def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:

@@ -70,4 +70,5 @@ def router_similarity_loss(plan: RoutingPlan) -> Tensor:
     """See ``moe_kernels.router_similarity_loss``."""
     if plan.fused is None:
         return reference.router_similarity_loss(plan)
-    return ops.similarity(plan.router_logits, plan.fused.row_experts, plan.row_offsets)[0]
+    row_experts = plan.packed_indices.row_experts
+    return ops.similarity(plan.router_logits, row_experts, plan.row_offsets)[0]

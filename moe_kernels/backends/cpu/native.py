@@ -24,10 +24,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_indices(name: str, indices: Tensor, end: int) -> None:
-    """Raise ``IndexError`` unless all indices are in [0, end), where a kernel may read and write.
+    """Raise unless these are int32 in [0, end), where a kernel may read and write.
 
     A plan of the routers always passes; one that somebody built or edited may not.
     """
+    if indices.dtype != torch.int32:
+        raise ValueError(f"{name} of the plan has dtype {indices.dtype}; expected torch.int32.")
+    assert indices.is_contiguous(), name
     if not native.indices_within(indices.data_ptr(), indices.numel(), end):
         raise IndexError(
             f"{name} of the plan has values outside 0 to {end - 1}: the plan does not fit its "

@@ -6,7 +6,6 @@ from torch import Tensor
 from moe_kernels.backends.cpu.native import AFFINITIES, DTYPES, address, native
 from moe_kernels.checks import check_finite_logits
 from moe_kernels.ops import route as ops
-from moe_kernels.ops.pack import packed_sizes, unpack
 from moe_kernels.plan import FusedRouting, RoutingPlan
 
 
@@ -215,9 +214,8 @@ def _make_plan(
 ) -> RoutingPlan:
     weights, load_balance, z_loss, terms, packed = outputs
     tokens, experts = router_logits.shape
-    sizes = packed_sizes(tokens, experts, num_groups, weights.shape[0], top_k or 0)
-    indices = unpack(packed, sizes)
-    return RoutingPlan(
+    return RoutingPlan.from_kernel(
+        FusedRouting(load_balance, z_loss, terms, packed),
         router=router,
         affinity=affinity,
         num_tokens=tokens,
@@ -227,12 +225,5 @@ def _make_plan(
         capacity=capacity,
         router_logits=router_logits,
         routing_weights=weights,
-        token_indices=indices.token_indices,
-        expert_offsets=indices.expert_offsets,
-        tokens_per_expert=indices.tokens_per_expert,
-        row_indices=indices.row_indices,
-        row_offsets=indices.row_offsets,
-        expert_indices=None if top_k is None else indices.expert_indices.view(tokens, top_k),
         backend="cpu",
-        fused=FusedRouting(load_balance, z_loss, terms, indices.row_experts, indices.histogram),
     )

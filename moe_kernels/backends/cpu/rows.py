@@ -11,7 +11,7 @@ from moe_kernels.plan import RoutingPlan
 def _gather_kernel(
     x: Tensor, token_indices: Tensor, weights: Tensor | None, values: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
+    x, token_indices = x.contiguous(), token_indices.contiguous()
     values = None if values is None else values.contiguous()
     check_indices("token_indices", token_indices, x.shape[0])
     rows = x.new_empty(token_indices.shape[0], x.shape[1])
@@ -36,7 +36,8 @@ def _gather_kernel(
 def _sum_rows_kernel(
     rows: Tensor, weights: Tensor | None, row_indices: Tensor, row_offsets: Tensor
 ) -> Tensor:
-    rows = rows.contiguous()
+    rows, row_indices = rows.contiguous(), row_indices.contiguous()
+    row_offsets = row_offsets.contiguous()
     check_indices("row_indices", row_indices, rows.shape[0])
     check_indices("row_offsets", row_offsets, row_indices.shape[0] + 1)
     out = rows.new_empty(row_offsets.shape[0] - 1, rows.shape[1])

@@ -9,7 +9,7 @@ from moe_kernels.backends.reference.affinity import compute_affinity
 from moe_kernels.backends.reference.combine import combine
 from moe_kernels.backends.reference.dispatch import dispatch
 from moe_kernels.backends.reference.expert_choice import expert_choice
-from moe_kernels.backends.reference.expert_mlp import expert_mlp
+from moe_kernels.backends.reference.expert_mlp import activate, expert_mlp
 from moe_kernels.backends.reference.grouped_gemm import grouped_gemm
 from moe_kernels.backends.reference.losses import (
     load_balance_loss,
@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     "dispatch": dispatch,
     "grouped_gemm": grouped_gemm,
     "expert_mlp": expert_mlp,
+    "activation": activate,
     "combine": combine,
     "load_balance_loss": load_balance_loss,
     "router_z_loss": router_z_loss,

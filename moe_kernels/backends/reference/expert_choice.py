@@ -69,4 +69,5 @@ def expert_choice(
         tokens_per_expert=torch.full((num_experts,), rows, dtype=torch.int32, device=device),
         row_indices=row_indices,
         row_offsets=row_offsets,
+        expert_indices=None,
     )

@@ -1,0 +1,47 @@
+"""What this machine can do at best: the rate of a large product, the rate of a copy."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.entry import Cost
+
+
+def _best_seconds(function: Callable[[], object]) -> float:
+    function()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def product_flops(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a square product that fills the caches."""
+    size = 1024
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / _best_seconds(lambda: a @ b)
+
+
+@functools.cache
+def copy_bytes(size: int) -> float:
+    """Bytes read and written per second by a copy of ``size`` bytes, a power of two."""
+    source = torch.zeros(size, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / _best_seconds(lambda: target.copy_(source))
+
+
+def limit_seconds(cost: Cost, dtype: torch.dtype) -> float:
+    """No less than this for the cost's arithmetic and its traffic, each at the machine's best.
+
+    The copy moves about as many bytes as the entry, so that what fits a cache is compared with
+    what a cache delivers.
+    """
+    size = min(2**28, max(2**16, 1 << (int(cost.bytes) // 2).bit_length()))
+    rate = max(product_flops(torch.float32), product_flops(dtype))
+    return max(cost.flops / rate, cost.bytes / copy_bytes(size) if cost.bytes else 0.0)

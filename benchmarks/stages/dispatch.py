@@ -1,0 +1,63 @@
+"""Dispatch: copy each token to the rows of its experts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import moe_kernels as mk
+from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.stages.common import leaf
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+    """(T, D) tokens, a token-choice plan for them, and a random gradient of the rows."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden_size = shape["T"], shape["D"]
+    plan = mk.token_choice(torch.randn(tokens, shape["E"], generator=generator), shape["K"])
+    x = torch.randn(tokens, hidden_size, generator=generator, dtype=dtype)
+    rows = torch.randn(plan.num_rows, hidden_size, generator=generator, dtype=dtype)
+    return Inputs({"x": x}, {"rows": rows}, {"plan": plan})
+
+
+def expected(inputs: Inputs) -> dict[str, Tensor]:
+    """Indexing, which PyTorch differentiates by scattered additions."""
+    return {"rows": inputs.leaves["x"][inputs.fixed["plan"].token_indices.long()]}
+
+
+def _build(
+    gather: Callable[[Tensor, mk.RoutingPlan], Tensor],
+) -> Callable[[Inputs], Run]:
+    def build(inputs: Inputs) -> Run:
+        x, plan = leaf(inputs.leaves["x"]), inputs.fixed["plan"]
+        return Run(lambda: (gather(x, plan),), ("rows",), {"x": [x]})
+
+    return build
+
+
+def cost(shape: Shape, itemsize: int, mode: str) -> Cost:
+    """Tokens read once and rows written once; backward the other way round."""
+    tokens, rows = shape["T"] * shape["D"], shape["T"] * shape["K"] * shape["D"]
+    one_way = itemsize * (tokens + rows)
+    return {
+        "forward": Cost(0, one_way),
+        "backward": Cost(rows, one_way),
+        "both": Cost(rows, 2 * one_way),
+    }[mode]
+
+
+STAGE = Stage(
+    make_inputs,
+    expected,
+    {
+        "index_select": Provider(
+            _build(lambda x, plan: x.index_select(0, plan.token_indices)), "x.index_select"
+        ),
+        "reference": Provider(
+            _build(lambda x, plan: mk.dispatch(x, plan, backend="reference")),
+            "moe_kernels, reference backend",
+        ),
+        "ours": Provider(_build(lambda x, plan: mk.dispatch(x, plan)), "moe_kernels", kind="ours"),
+    },
+    cost,
+)
