@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.hpp"
+#include "memory.hpp"
 
 namespace py = pybind11;
 
@@ -66,6 +67,22 @@ void use_isa(const std::string& isa) {
   throw py::value_error("this processor or build lacks the instruction set '" + isa + "'");
 }
 
+// A block that a tensor lives in: torch.frombuffer keeps it until the tensor is gone.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) : bytes_(bytes), data_(take_memory(bytes)) {}
+  ~Memory() { give_memory(data_, bytes_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  py::buffer_info buffer() const {
+    return {data_, 1, py::format_descriptor<uint8_t>::format(), bytes_};
+  }
+
+ private:
+  int64_t bytes_;
+  void* data_;
+};
+
 template <class Args>
 void fill_route(Args& args, int dtype, Address logits, Address weights, Address load_balance,
                 Address z_loss, Address terms, Address plan, int64_t tokens, int64_t experts,
@@ -117,6 +134,12 @@ PYBIND11_MODULE(_cpu, module) {
   using namespace moe;
   module.doc() = "C++ kernels of moe_kernels for the CPU; see csrc/README.md";
   use_isa(usable_isas().front());
+
+  py::class_<Memory>(module, "Memory", py::buffer_protocol())
+      .def(py::init<int64_t>())
+      .def_buffer(&Memory::buffer);
+  module.def("keep_at_most", &keep_at_most);
+  module.def("kept_bytes", &kept_bytes);
 
   module.def("isas", &usable_isas);
   module.def("isa", [] { return active_isa; });

@@ -95,7 +95,9 @@ def compile_steps(
     # System headers stay out of the dependencies: under build isolation pybind11 is in a new
     # folder every time, and only this file sees it.
     headers = [word for path in _binding_headers() for word in ("-isystem", path)]
-    compile_one("csrc/bindings.cpp", f"{folder}/bindings.o", *tables, *headers)
+    for source in sorted((root / "csrc").glob("*.cpp")):
+        extra = [*tables, *headers] if source.stem == "bindings" else []
+        compile_one(f"csrc/{source.name}", f"{folder}/{source.stem}.o", *extra)
     for source in sorted((root / "csrc" / "cpu").glob("*.cpp")):
         for name in names:
             extra = [f"-DMOE_ISA={name}", f"-DMOE_ISA_{name.upper()}=1", *ISA_FLAGS[name]]

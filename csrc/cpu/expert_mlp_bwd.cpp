@@ -12,7 +12,7 @@ namespace moe {
 namespace MOE_ISA {
 namespace {
 
-constexpr int64_t kWeightRows = 256;  // output rows of one weight piece
+constexpr int64_t kWeightRows = 512;  // output rows of one weight piece
 
 template <class Types, Activation Act>
 struct Backward {
@@ -153,8 +153,6 @@ struct Backward {
 
   void run() const {
     const int32_t* offsets = args.expert_offsets;
-    prefer_huge_pages(args.dw_in, args.experts * columns * hidden * sizeof(S));
-    prefer_huge_pages(args.dw_out, args.experts * hidden * inner * sizeof(S));
     int64_t most_rows = 0;
     for (int64_t e = 0; e < args.experts; ++e) {
       most_rows = max_of(most_rows, offsets[e + 1] - offsets[e]);

@@ -66,7 +66,6 @@ struct Forward {
 
   void run() const {
     const int32_t* offsets = args.expert_offsets;
-    prefer_huge_pages(args.h, args.rows * columns * sizeof(S));
     const int64_t y_bytes = aligned_bytes<A>(args.rows * hidden);
     const int64_t order_bytes = aligned_bytes<int32_t>(args.experts);
     const int team = team_size(args.threads, args.rows, hidden, columns);

@@ -5,7 +5,7 @@ namespace moe {
 namespace MOE_ISA {
 namespace {
 
-constexpr int64_t kWeightRows = 256;  // output rows of one piece of dw
+constexpr int64_t kWeightRows = 512;  // output rows of one piece of dw
 
 template <class Types>
 struct GroupedGemm {
@@ -91,7 +91,6 @@ struct GroupedGemm {
       });
     }
     if (!backward || args.dw == nullptr) return;
-    prefer_huge_pages(args.dw, args.experts * in * out * sizeof(S));
     for (int64_t e = 0; e < args.experts; ++e) {
       if (offsets[e + 1] > offsets[e]) continue;
       memset(static_cast<S*>(args.dw) + e * in * out, 0, in * out * sizeof(S));

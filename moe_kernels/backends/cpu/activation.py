@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_kernels.backends.cpu.memory import empty
 from moe_kernels.backends.cpu.native import ACTIVATIONS, DTYPES, native
 from moe_kernels.ops import activation as ops
 
@@ -10,7 +11,7 @@ from moe_kernels.ops import activation as ops
 def _kernel(h: Tensor, activation: str) -> Tensor:
     h = h.contiguous()
     width = h.shape[-1] // 2 if activation == "swiglu" else h.shape[-1]
-    a = h.new_empty(*h.shape[:-1], width)
+    a = empty((*h.shape[:-1], width), h.dtype)
     native.activation_fwd(
         DTYPES[h.dtype],
         ACTIVATIONS[activation],
@@ -27,7 +28,7 @@ def _kernel(h: Tensor, activation: str) -> Tensor:
 
 def _bwd_kernel(da: Tensor, h: Tensor, activation: str) -> Tensor:
     da, h = da.contiguous(), h.contiguous()
-    dh = torch.empty_like(h)
+    dh = empty(h.shape, h.dtype)
     native.activation_bwd(
         DTYPES[h.dtype],
         ACTIVATIONS[activation],

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_kernels.autocast import autocast_operands
 from moe_kernels.backends.cpu import fallback
+from moe_kernels.backends.cpu.memory import empty
 from moe_kernels.backends.cpu.native import (
     ACTIVATIONS,
     DTYPES,
@@ -47,8 +48,8 @@ def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
     _check(x, tuple(indices))
     if not PRODUCTS.serve(x.dtype):
         return fallback.expert_mlp_fwd(*inputs)
-    out = torch.empty_like(x)
-    h = x.new_empty(indices[0].shape[0], w_in.shape[1])
+    out = empty(x.shape, x.dtype)
+    h = empty((indices[0].shape[0], w_in.shape[1]), x.dtype)
     parts = [x, w_in, w_out, bias_in, bias_out, weights, *indices, h]
     native.expert_mlp_fwd(
         DTYPES[x.dtype],
@@ -72,7 +73,7 @@ def _mlp_bwd_kernel(
         return fallback.expert_mlp_bwd(dout, h, wanted, *inputs)
     differentiable = (x, weights, w_in, w_out, bias_in, bias_out)
     gradients = tuple(
-        ops.empty_gradient(x, tensor, want)
+        x.new_empty(0) if tensor is None or not want else empty(tensor.shape, tensor.dtype)
         for tensor, want in zip(differentiable, wanted, strict=True)
     )
     addresses = [
@@ -98,7 +99,7 @@ def _gemm_kernel(rows: Tensor, w: Tensor, expert_offsets: Tensor) -> Tensor:
     host_offsets(expert_offsets, rows.shape[0])
     if not PRODUCTS.serve(rows.dtype):
         return fallback.grouped_gemm_fwd(rows, w, expert_offsets)
-    out = rows.new_empty(rows.shape[0], w.shape[1])
+    out = empty((rows.shape[0], w.shape[1]), rows.dtype)
     native.grouped_gemm_fwd(
         DTYPES[rows.dtype],
         bool(PRODUCTS.bf16),
@@ -121,8 +122,8 @@ def _gemm_bwd_kernel(
     dout, rows, w, expert_offsets = _contiguous((dout, rows, w, expert_offsets))
     if not PRODUCTS.serve(rows.dtype):
         return fallback.grouped_gemm_bwd(dout, wanted, rows, w, expert_offsets)
-    drows = ops.empty_gradient(rows, rows, wanted[0])
-    dw = ops.empty_gradient(rows, w, wanted[1])
+    drows = empty(rows.shape, rows.dtype) if wanted[0] else rows.new_empty(0)
+    dw = empty(w.shape, w.dtype) if wanted[1] else rows.new_empty(0)
     native.grouped_gemm_bwd(
         DTYPES[rows.dtype],
         bool(PRODUCTS.bf16),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_kernels.backends.cpu.memory import empty
 from moe_kernels.backends.cpu.native import DTYPES, address, check_indices, native, wide_dtype
 from moe_kernels.ops import rows as ops
 from moe_kernels.plan import RoutingPlan
@@ -14,7 +15,7 @@ def _gather_kernel(
     x, token_indices = x.contiguous(), token_indices.contiguous()
     values = None if values is None else values.contiguous()
     check_indices("token_indices", token_indices, x.shape[0])
-    rows = x.new_empty(token_indices.shape[0], x.shape[1])
+    rows = empty((token_indices.shape[0], x.shape[1]), x.dtype)
     dweights = None
     if values is not None:
         assert weights is not None
@@ -40,7 +41,7 @@ def _sum_rows_kernel(
     row_offsets = row_offsets.contiguous()
     check_indices("row_indices", row_indices, rows.shape[0])
     check_indices("row_offsets", row_offsets, row_indices.shape[0] + 1)
-    out = rows.new_empty(row_offsets.shape[0] - 1, rows.shape[1])
+    out = empty((row_offsets.shape[0] - 1, rows.shape[1]), rows.dtype)
     native.combine(
         DTYPES[rows.dtype],
         rows.data_ptr(),
