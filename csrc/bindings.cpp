@@ -161,6 +161,7 @@ PYBIND11_MODULE(_cpu, module) {
                args.top_k = top_k;
                args.expert_groups = expert_groups;
                args.top_k_groups = top_k_groups;
+               py::gil_scoped_release release;
                return kernels->token_choice_fwd(args);
              });
 
@@ -172,6 +173,7 @@ PYBIND11_MODULE(_cpu, module) {
                fill_route(args, dtype, logits, weights, load_balance, z_loss, terms, plan, tokens,
                           experts, groups, affinity, per_token, scale, threads);
                args.capacity = capacity;
+               py::gil_scoped_release release;
                return kernels->expert_choice_fwd(args);
              });
 
@@ -180,6 +182,7 @@ PYBIND11_MODULE(_cpu, module) {
       [](int dtype, Address logits, Address plan, Address dweights, Address dload_balance,
          Address dz_loss, Address dterms, Address dlogits, int64_t tokens, int64_t experts,
          int64_t groups, int64_t rows, int affinity, bool per_token, double scale, int threads) {
+        py::gil_scoped_release release;
         kernels->route_bwd({static_cast<Dtype>(dtype), at<>(logits), at<int32_t>(plan),
                             at<>(dweights), at<>(dload_balance), at<>(dz_loss), at<>(dterms),
                             at<>(dlogits), tokens, experts, groups, rows,
@@ -188,6 +191,7 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def("affinity_fwd", [](int dtype, Address logits, Address probs, int64_t tokens,
                                 int64_t experts, int affinity, int threads) {
+    py::gil_scoped_release release;
     kernels->affinity_fwd({static_cast<Dtype>(dtype), at<>(logits), at<>(probs), tokens, experts,
                            static_cast<Affinity>(affinity), threads});
   });
@@ -210,12 +214,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("similarity_fwd", [similarity](int dtype, Address logits, Address row_experts,
                                             Address row_offsets, Address pair_weights, Address loss,
                                             int64_t tokens, int64_t experts, int threads) {
+    py::gil_scoped_release release;
     kernels->similarity_fwd(similarity(dtype, logits, row_experts, row_offsets, pair_weights, loss,
                                        0, 0, tokens, experts, threads));
   });
   module.def("similarity_bwd",
              [similarity](int dtype, Address logits, Address pair_weights, Address dloss,
                           Address dlogits, int64_t tokens, int64_t experts, int threads) {
+               py::gil_scoped_release release;
                kernels->similarity_bwd(similarity(dtype, logits, 0, 0, pair_weights, 0, dloss,
                                                   dlogits, tokens, experts, threads));
              });
@@ -233,6 +239,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("combine",
              [](int dtype, Address rows, Address weights, Address row_indices, Address row_offsets,
                 Address out, int64_t tokens, int64_t hidden, int threads) {
+               py::gil_scoped_release release;
                kernels->combine({static_cast<Dtype>(dtype), at<>(rows), at<>(weights),
                                  at<int32_t>(row_indices), at<int32_t>(row_offsets), at<>(out),
                                  tokens, hidden, threads});
@@ -241,6 +248,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("gather",
              [](int dtype, Address dout, Address rows, Address weights, Address token_indices,
                 Address drows, Address dweights, int64_t num_rows, int64_t hidden, int threads) {
+               py::gil_scoped_release release;
                kernels->gather({static_cast<Dtype>(dtype), at<>(dout), at<>(rows), at<>(weights),
                                 at<int32_t>(token_indices), at<>(drows), at<>(dweights), num_rows,
                                 hidden, threads});
@@ -269,6 +277,7 @@ PYBIND11_MODULE(_cpu, module) {
       "activation_fwd", [activation](int dtype, int kind, Address h, Address bias, Address weights,
                                      Address expert_offsets, Address a, int64_t num_rows,
                                      int64_t experts, int64_t intermediate, int threads) {
+        py::gil_scoped_release release;
         kernels->activation_fwd(activation(dtype, kind, h, bias, weights, expert_offsets, a, 0, 0,
                                            0, num_rows, experts, intermediate, threads));
       });
@@ -277,6 +286,7 @@ PYBIND11_MODULE(_cpu, module) {
       [activation](int dtype, int kind, Address h, Address bias, Address weights,
                    Address expert_offsets, Address a, Address da, Address dh, Address dweights,
                    int64_t num_rows, int64_t experts, int64_t intermediate, int threads) {
+        py::gil_scoped_release release;
         kernels->activation_bwd(activation(dtype, kind, h, bias, weights, expert_offsets, a, da, dh,
                                            dweights, num_rows, experts, intermediate, threads));
       });

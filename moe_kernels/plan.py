@@ -84,8 +84,10 @@ class RoutingPlan:
         checks of a frozen dataclass, making the plan would take longer than routing 256 tokens.
         """
         if torch.compiler.is_compiling():
-            indices = _cut(fused.packed, **fields)
-            return cls(fused=fused, **fields, **_index_fields(indices, fields))
+            parts = _cut(fused.packed, **fields)
+            by_token = _by_token(parts, fields["top_k"])
+            indices = {name: getattr(parts, name) for name in _INDEX_FIELDS}
+            return cls(**fields, **indices, expert_indices=by_token, fused=fused)
         plan = object.__new__(cls)
         plan.__dict__.update(fields, fused=fused)
         return plan
@@ -93,10 +95,15 @@ class RoutingPlan:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            if name not in _INDEX_FIELDS or "fused" not in self.__dict__:
+            known = self.__dict__
+            if "fused" not in known or name not in (*_INDEX_FIELDS, "expert_indices"):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            self.__dict__.update(_index_fields(self.packed_indices, self.__dict__))
-            return self.__dict__[name]
+            parts = self.packed_indices
+            if name == "expert_indices":
+                known[name] = _by_token(parts, self.top_k)
+            else:
+                known.update((field, getattr(parts, field)) for field in _INDEX_FIELDS)
+            return known[name]
 
     @property
     def packed_indices(self) -> PlanIndices:
@@ -157,8 +164,11 @@ class RoutingPlan:
 
 
 _INDEX_FIELDS = (
-    *("token_indices", "expert_offsets", "tokens_per_expert", "row_indices", "row_offsets"),
-    "expert_indices",
+    "token_indices",
+    "expert_offsets",
+    "tokens_per_expert",
+    "row_indices",
+    "row_offsets",
 )
 
 
@@ -176,11 +186,8 @@ def _cut(
     return unpack(packed, packed_sizes(num_tokens, num_experts, num_groups, rows, top_k or 0))
 
 
-def _index_fields(indices: PlanIndices, fields: dict[str, Any]) -> dict[str, Any]:
-    named = {name: getattr(indices, name) for name in _INDEX_FIELDS}
-    top_k = fields["top_k"]
-    by_token = None if top_k is None else indices.expert_indices.view(-1, top_k)
-    return {**named, "expert_indices": by_token}
+def _by_token(parts: PlanIndices, top_k: int | None) -> Tensor | None:
+    return None if top_k is None else parts.expert_indices.view(-1, top_k)
 
 
 def _require(condition: bool | Tensor, invariant: str) -> None:

@@ -31,6 +31,30 @@ struct Threshold {
   int64_t ties;                     // how many keys equal to it are taken; -1: all
 };
 
+// Bit i is set where keys[i] >= bound, for one vector of keys. With AVX-512 a comparison can leave
+// its result in a mask register; as a vector it would travel there and back.
+template <class T>
+MOE_INLINE uint32_t mask_at_least(Int<T> key, typename Simd<T>::IntScalar bound) {
+#if defined(MOE_ISA_AVX512)
+  const __m512i value = bit_cast<__m512i>(key);
+  if constexpr (sizeof(T) == 4) return _mm512_cmpge_epi32_mask(value, _mm512_set1_epi32(bound));
+  if constexpr (sizeof(T) == 8) return _mm512_cmpge_epi64_mask(value, _mm512_set1_epi64(bound));
+#else
+  return lane_mask<T>(key >= bound);
+#endif
+}
+
+template <class T>
+MOE_INLINE uint32_t mask_equal(Int<T> key, typename Simd<T>::IntScalar value) {
+#if defined(MOE_ISA_AVX512)
+  const __m512i keys = bit_cast<__m512i>(key);
+  if constexpr (sizeof(T) == 4) return _mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(value));
+  if constexpr (sizeof(T) == 8) return _mm512_cmpeq_epi64_mask(keys, _mm512_set1_epi64(value));
+#else
+  return lane_mask<T>(key == value);
+#endif
+}
+
 template <class T>
 MOE_INLINE int64_t count_at_least(const typename Simd<T>::IntScalar* keys, int64_t size,
                                   typename Simd<T>::IntScalar bound) {
@@ -40,7 +64,7 @@ MOE_INLINE int64_t count_at_least(const typename Simd<T>::IntScalar* keys, int64
   for (; i + lanes <= size; i += lanes) {
     Int<T> key;
     memcpy(&key, keys + i, sizeof(key));
-    total += __builtin_popcount(lane_mask<T>(key >= bound));
+    total += __builtin_popcount(mask_at_least<T>(key, bound));
   }
 #else
   Int<T> counts = {};
@@ -85,6 +109,9 @@ MOE_INLINE int64_t keep_between(const typename Simd<T>::IntScalar* keys, int64_t
   return kept;
 }
 
+// A pass over so few candidates is quicker than leaving some out.
+constexpr int64_t kShortPool = 512;
+
 // Bisection on the key. Candidates are copied together (into `spare`, size keys) once the open
 // interval holds at most a quarter of them, so that later passes are short.
 template <class T>
@@ -123,8 +150,10 @@ MOE_INLINE Threshold<T> find_threshold(const typename Simd<T>::IntScalar* keys, 
         static_cast<uint64_t>(static_cast<int64_t>(high)) - static_cast<int64_t>(low);
     uint64_t offset = width / 2 + (width & 1);
     if (step % 2 == 0) {  // in turn: where the C-th key would lie if keys were spread evenly
-      const double share = static_cast<double>(from_low - capacity) / (from_low - above_high);
-      offset = static_cast<uint64_t>(share * static_cast<double>(width));
+      const float share =
+          static_cast<float>(from_low - capacity) / static_cast<float>(from_low - above_high);
+      offset =
+          static_cast<uint64_t>((share < 0.9999f ? share : 0.9999f) * static_cast<float>(width));
       offset = offset < 1 ? 1 : offset > width ? width : offset;
     }
     const I middle = static_cast<I>(static_cast<uint64_t>(static_cast<int64_t>(low)) + offset);
@@ -138,7 +167,7 @@ MOE_INLINE Threshold<T> find_threshold(const typename Simd<T>::IntScalar* keys, 
       above_high = count;
     }
     const int64_t open = from_low - above_high;
-    if (pool_size > 4 * lanes && open * 4 <= pool_size) {
+    if (pool_size > kShortPool && open * 4 <= pool_size) {
       pool_size = keep_between<T>(pool, pool_size, low, high, spare);
       pool = spare;
       above_pool = above_high;
@@ -157,9 +186,9 @@ MOE_INLINE void take_chosen(const typename Simd<T>::IntScalar* keys, int64_t siz
   for (; i + lanes <= size; i += lanes) {
     Int<T> key;
     memcpy(&key, keys + i, sizeof(key));
-    uint32_t chosen = lane_mask<T>(key >= threshold.key);
+    uint32_t chosen = mask_at_least<T>(key, threshold.key);
     if (chosen == 0) continue;
-    uint32_t equal = lane_mask<T>(key == threshold.key);
+    uint32_t equal = threshold.ties < 0 ? 0 : mask_equal<T>(key, threshold.key);
     for (; equal != 0; equal &= equal - 1) {
       if (ties-- <= 0) chosen &= ~(equal & -equal);
     }

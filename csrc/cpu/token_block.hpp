@@ -15,7 +15,7 @@ namespace MOE_ISA {
 // Tokens that share partial sums. Fixed, so that sums do not depend on the number of threads.
 constexpr int64_t kChunk = 256;
 // Fewer logits than this are not worth waking other threads.
-constexpr int64_t kParallelLogits = 32768;
+constexpr int64_t kParallelLogits = 16384;
 
 template <class T>
 struct TokenBlock {

@@ -164,26 +164,38 @@ MOE_INLINE void sort_chunk(const TokenChoiceArgs& args, const PlanLayout& layout
   const int64_t top_k = args.top_k;
   const T scale = static_cast<T>(args.scale);
   T* out = static_cast<T*>(args.weights);
+  const int32_t* chosen = args.plan + layout.expert_indices;
   int32_t* token_indices = args.plan + layout.token_indices;
   int32_t* row_offsets = args.plan + layout.row_offsets;
+  int32_t* row_experts = args.plan + layout.row_experts;
+  int32_t* row_indices = args.plan + layout.row_indices;
+  const auto take_row = [&](int64_t token, int64_t pair) {
+    const int32_t row = next[chosen[pair]]++;
+    token_indices[row] = static_cast<int32_t>(token);
+    out[row] = weights[pair] * scale;
+    return row;
+  };
   for (int64_t token = begin; token < end; ++token) {
     const int64_t base = token * top_k;
-    const int32_t* chosen = args.plan + layout.expert_indices + base;
-    int32_t* experts = args.plan + layout.row_experts + base;
-    int32_t* rows = args.plan + layout.row_indices + base;
     row_offsets[token] = static_cast<int32_t>(base);
-    for (int64_t j = 0; j < top_k; ++j) {  // experts ascend, so do the rows
-      const int32_t expert = chosen[j];
-      const int32_t row = next[expert]++;
-      token_indices[row] = static_cast<int32_t>(token);
-      out[row] = weights[base + j] * scale;
-      int64_t place = j;
-      for (; place > 0 && experts[place - 1] > expert; --place) {
-        experts[place] = experts[place - 1];
-        rows[place] = rows[place - 1];
+    if (top_k == 2) {  // the published models: without a loop
+      const int32_t first = take_row(token, base), second = take_row(token, base + 1);
+      const bool swap = chosen[base] > chosen[base + 1];
+      row_indices[base] = swap ? second : first;
+      row_indices[base + 1] = swap ? first : second;
+      row_experts[base] = swap ? chosen[base + 1] : chosen[base];
+      row_experts[base + 1] = swap ? chosen[base] : chosen[base + 1];
+      continue;
+    }
+    for (int64_t j = 0; j < top_k; ++j) {  // sorted in: experts ascend, and so do the rows
+      const int32_t expert = chosen[base + j], row = take_row(token, base + j);
+      int64_t place = base + j;
+      for (; place > base && row_experts[place - 1] > expert; --place) {
+        row_experts[place] = row_experts[place - 1];
+        row_indices[place] = row_indices[place - 1];
       }
-      experts[place] = expert;
-      rows[place] = row;
+      row_experts[place] = expert;
+      row_indices[place] = row;
     }
   }
 }
