@@ -159,6 +159,7 @@ struct Backward {
       if (offsets[e + 1] == offsets[e]) clear_expert(e);
     }
     const int team = team_size(args.threads, args.rows, hidden, columns);
+    const SingleThread single(team == 1);
     // Row pieces run this many experts ahead of weight pieces; one more buffer, so that the next
     // expert can start while the weight pieces of the oldest end.
     const int64_t ahead = 1 + team / 4, slots = min_of(ahead + 2, args.experts);

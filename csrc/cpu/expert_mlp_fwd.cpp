@@ -69,6 +69,7 @@ struct Forward {
     const int64_t y_bytes = aligned_bytes<A>(args.rows * hidden);
     const int64_t order_bytes = aligned_bytes<int32_t>(args.experts);
     const int team = team_size(args.threads, args.rows, hidden, columns);
+    const SingleThread single(team == 1);
     const Scratch scratch(y_bytes + order_bytes + team * own_bytes);
     A* y = scratch.as<A>();
     int32_t* order = reinterpret_cast<int32_t*>(scratch.as<char>() + y_bytes);

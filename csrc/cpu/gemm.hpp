@@ -7,6 +7,24 @@
 namespace moe {
 namespace MOE_ISA {
 
+// Inside a parallel region a BLAS keeps to the calling thread by itself; this is for a team of one.
+// Small products shared among threads took 30 times as long when the other threads had to wake up.
+class SingleThread {
+ public:
+  explicit SingleThread(bool wanted) : wanted_(wanted) {
+    if (wanted_) before_ = blas.set_threads(1);
+  }
+  ~SingleThread() {
+    if (wanted_) blas.set_threads(before_);
+  }
+  SingleThread(const SingleThread&) = delete;
+  SingleThread& operator=(const SingleThread&) = delete;
+
+ private:
+  bool wanted_;
+  int before_ = 0;
+};
+
 // A row-major operand: its rows in memory are `stride` apart.
 template <class T>
 struct Matrix {

@@ -71,6 +71,7 @@ struct GroupedGemm {
   }
 
   void run(bool backward) const {
+    const SingleThread single(team == 1);
     const int32_t* offsets = args.expert_offsets;
     const int64_t order_bytes = aligned_bytes<int32_t>(args.experts);
     const bool copies = backward && args.dw != nullptr && !Types::same_operand;

@@ -16,6 +16,8 @@ struct Blas {
                         const void* b, const int* ldb, const void* beta, void* c, const int* ldc);
   Gemm f32 = nullptr, f64 = nullptr;
   Gemm bf16 = nullptr;  // bf16 operands, fp32 result
+  // Sets how many threads a product of the calling thread may use; returns the old number.
+  int (*set_threads)(int) = nullptr;
 };
 extern Blas blas;
 

@@ -81,7 +81,7 @@ template <class A, class RowType, class OutType>
 void sum_rows(const RowType* rows, const A* weights, const int32_t* row_indices,
               const int32_t* row_offsets, OutType* out, int64_t tokens, int64_t hidden,
               int threads) {
-  constexpr int lanes = Simd<A>::lanes, unroll = 4;
+  constexpr int lanes = Simd<A>::lanes, unroll = 8;
   const int team = tokens * hidden >= kParallelElements ? threads : 1;
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
   for (int64_t token = 0; token < tokens; ++token) {
@@ -93,10 +93,10 @@ void sum_rows(const RowType* rows, const A* weights, const int32_t* row_indices,
       for (int32_t r = begin; r < end; ++r) {
         const RowType* row = rows + row_indices[r] * hidden + i;
         const Vec<A> weight = splat<A>(weights == nullptr ? A(1) : weights[row_indices[r]]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int u = 0; u < unroll; ++u) sum[u] += weight * load<A>(row + u * lanes);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int u = 0; u < unroll; ++u) store(to + i + u * lanes, sum[u]);
     }
     for_each_vector<A>(hidden - i, [&](int64_t j, int64_t count) {

@@ -28,6 +28,7 @@ class Products:
     f32: int = 0
     f64: int = 0
     bf16: int = 0
+    set_threads: int = 0
     reason: str = ""
 
     def serve(self, dtype: torch.dtype) -> bool:
@@ -55,11 +56,12 @@ def _look_up() -> Products:
         # Loaded already: this finds the library in memory.
         library = ctypes.CDLL(str(path))
         f32, f64 = _symbol(library, "sgemm_"), _symbol(library, "dgemm_")
+        set_threads = _symbol(library, "MKL_Set_Num_Threads_Local")
     except (OSError, AttributeError) as error:
         return Products(reason=f"PyTorch's library does not give its BLAS away ({error})")
     if not (_multiplies(f32, ctypes.c_float) and _multiplies(f64, ctypes.c_double)):
         return Products(reason="the BLAS in PyTorch's library failed its trial product")
-    return Products(f32, f64, _find_bf16(library))
+    return Products(f32, f64, _find_bf16(library), set_threads)
 
 
 def _symbol(library: ctypes.CDLL, name: str) -> int:
@@ -91,7 +93,7 @@ def _multiplies(function: int, scalar: Any) -> bool:
 
 
 PRODUCTS = _find()
-native.set_blas(PRODUCTS.f32, PRODUCTS.f64, PRODUCTS.bf16)
+native.set_blas(PRODUCTS.f32, PRODUCTS.f64, PRODUCTS.bf16, PRODUCTS.set_threads)
 
 
 def describe() -> str:
