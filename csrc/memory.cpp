@@ -1,6 +1,7 @@
 // New memory is mapped and cleared page by page on first touch, and blocks above 32 MB go back to
 // the system as soon as they are freed. A stacked weight gradient is that large: at hidden size 384
-// and 8 experts, clearing its pages took longer than computing it. So freed blocks are kept.
+// and 8 experts a layer's backward on 128 tokens took 36.7 ms with new memory and 21.6 ms without
+// (one thread). So freed blocks are kept.
 #include "memory.hpp"
 
 #include <cstdlib>

@@ -8,7 +8,7 @@ namespace moe {
 namespace MOE_ISA {
 
 // Inside a parallel region a BLAS keeps to the calling thread by itself; this is for a team of one.
-// Small products shared among threads took 30 times as long when the other threads had to wake up.
+// Small products shared among threads took 24 times as long when the other threads had to wake up.
 class SingleThread {
  public:
   explicit SingleThread(bool wanted) : wanted_(wanted) {

@@ -21,8 +21,6 @@ from moe_kernels.backends.reference.ragged_gemm import host_offsets
 from moe_kernels.ops import experts as ops
 from moe_kernels.plan import RoutingPlan
 
-Inputs = tuple[Tensor | None, ...]
-
 
 def _contiguous(tensors: tuple[Any, ...]) -> list[Any]:
     return [t.contiguous() if isinstance(t, Tensor) else t for t in tensors]
