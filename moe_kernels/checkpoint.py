@@ -9,9 +9,8 @@ from moe_kernels.ops import route
 
 # The routers of the compiled backends are one op each. Every selection of the reference is a sort;
 # all other index tensors follow from its result.
-_ROUTING_OPS = (
-    route.token_choice.overload,
-    route.expert_choice.overload,
+_ROUTERS = (route.token_choice, route.expert_choice)
+_SORTS = (
     torch.ops.aten.sort.default,
     torch.ops.aten.sort.stable,
     torch.ops.aten.argsort.stable,
@@ -20,7 +19,7 @@ _ROUTING_OPS = (
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op in _ROUTING_OPS:
+    if op in _SORTS or any(router.owns(op) for router in _ROUTERS):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_kernels.autocast import autocast_operands
 from moe_kernels.backends import resolve
 from moe_kernels.checks import check_choice, check_floating, check_same_device, check_shape
+from moe_kernels.combine import check_terms
 from moe_kernels.dispatch import check_tokens
 from moe_kernels.plan import RoutingPlan
 
@@ -71,13 +72,16 @@ def expert_mlp(
     activation: str = "gelu_tanh",
     bias_in: Tensor | None = None,
     bias_out: Tensor | None = None,
+    shared: Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Run each token through its experts and sum: the whole middle of an MoE layer.
 
     ``out[t] = Σ_{r of t} routing_weights[r] · (w_out[e] @ act(w_in[e] @ x[t] + bias_in[e])
     + bias_out[e])`` with e the expert of row r. ``act`` is GELU (tanh or exact), or SwiGLU:
-    ``silu(gate) · up`` where ``w_in`` holds the gate half first.
+    ``silu(gate) · up`` where ``w_in`` holds the gate half first. ``shared[t]`` and ``residual[t]``
+    are added in the same pass as the sum.
 
     Args:
         x: (T, D) floating point.
@@ -87,10 +91,13 @@ def expert_mlp(
         activation: ``"gelu_tanh"``, ``"gelu"`` or ``"swiglu"``.
         bias_in: (E, F) or (E, 2F), or ``None``.
         bias_out: (E, D), or ``None``.
+        shared: (T, D), e.g. the shared expert's output, or ``None``.
+        residual: (T, D), or ``None``.
         backend: name of a backend; ``None`` lets the resolver choose.
 
     Returns:
-        (T, D) in the dtype of ``x``; exactly 0 for tokens without rows. Under autocast the
+        (T, D) in the dtype of ``x``; exactly 0 for tokens without rows (plus ``shared`` and
+        ``residual``). Under autocast the
         products run in its dtype.
 
     Raises:
@@ -126,5 +133,16 @@ def expert_mlp(
             raise ValueError(
                 f"{name} is {operand.dtype} and x is {x.dtype}; expected one dtype (or autocast)."
             )
+    check_terms(x, plan, shared, residual)
     run = resolve("expert_mlp", x.device, backend)
-    return run(x, plan, w_in, w_out, activation=activation, bias_in=bias_in, bias_out=bias_out)
+    return run(
+        x,
+        plan,
+        w_in,
+        w_out,
+        activation=activation,
+        bias_in=bias_in,
+        bias_out=bias_out,
+        shared=shared,
+        residual=residual,
+    )

@@ -250,8 +250,8 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """(T, D) tokens and their plan to (T, D)."""
+    def forward(self, x: Tensor, plan: RoutingPlan, shared: Tensor | None = None) -> Tensor:
+        """(T, D) tokens and their plan to (T, D), with ``shared`` (T, D) added."""
         return expert_mlp(
             x,
             plan,
@@ -260,6 +260,7 @@ class GroupedExperts(nn.Module):
             activation=self.activation,
             bias_in=getattr(self, f"{self._in_name}_bias"),
             bias_out=self.down_proj_bias,
+            shared=shared,
         )
 
     def extra_repr(self) -> str:
@@ -388,7 +389,6 @@ class MoE(nn.Module):
                 f"{self.router.hidden_size})."
             )
         plan = self.router(x)
-        out = self.experts(x.flatten(0, 1), plan).view_as(x)
-        if self.shared_expert is not None:
-            out = out + self.shared_expert(x).to(x.dtype)
-        return out, plan
+        tokens = x.flatten(0, 1)
+        shared = None if self.shared_expert is None else self.shared_expert(tokens)
+        return self.experts(tokens, plan, shared).view_as(x), plan

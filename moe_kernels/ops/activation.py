@@ -19,7 +19,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
-    return activation_bwd(da, *ctx.saved_tensors, ctx.activation), None
+    return activation_bwd[ctx.backend](da, *ctx.saved_tensors, ctx.activation), None
 
 
 activation_bwd = Operator(

@@ -17,6 +17,8 @@ def _mlp_fake(
     w_out: Tensor,
     bias_in: Optional,
     bias_out: Optional,
+    shared: Optional,
+    residual: Optional,
     token_indices: Tensor,
     row_indices: Tensor,
     row_offsets: Tensor,
@@ -56,22 +58,23 @@ def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     h = output[1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(h, *inputs[:10])
-    ctx.activation = inputs[10]
+    ctx.save_for_backward(h, *inputs[:6], *inputs[8:12])
+    ctx.activation = inputs[12]
 
 
 def _mlp_backward(ctx: Any, dout: Optional, _: None) -> tuple[Optional, ...]:
     if dout is None:
-        return (None,) * 11
+        return (None,) * 13
     h, *inputs = ctx.saved_tensors
     wanted = [bool(need) for need in ctx.needs_input_grad[:6]]
-    gradients = expert_mlp_bwd(dout, h, wanted, *inputs, ctx.activation)
+    gradients = expert_mlp_bwd[ctx.backend](dout, h, wanted, *inputs, ctx.activation)
     used = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-    return (*used, *(None,) * 5)
+    dterms = (dout if need else None for need in ctx.needs_input_grad[6:8])
+    return (*used, *dterms, *(None,) * 5)
 
 
 def _mlp_flops(x: Any, weights: Any, w_in: Any, w_out: Any, *args: Any, **_: Any) -> int:
-    rows = args[2][0]  # token_indices
+    rows = args[4][0]  # token_indices
     return 2 * rows * (w_in[1] * w_in[2] + w_out[1] * w_out[2])
 
 
@@ -82,28 +85,32 @@ def _mlp_bwd_flops(dout: Any, h: Any, wanted: list[bool], *inputs: Any, **_: Any
     return 2 * rows * (out + wanted[0] * into + wanted[2] * into + wanted[3] * out)
 
 
-_MLP_INPUTS = (
-    "Tensor x, Tensor routing_weights, Tensor w_in, Tensor w_out, Tensor? bias_in, "
-    "Tensor? bias_out, Tensor token_indices, Tensor row_indices, Tensor row_offsets, "
-    "Tensor expert_offsets, str activation"
+_MLP_TENSORS = (
+    "Tensor x, Tensor routing_weights, Tensor w_in, Tensor w_out, Tensor? bias_in, Tensor? bias_out"
+)
+_MLP_INDICES = (
+    "Tensor token_indices, Tensor row_indices, Tensor row_offsets, Tensor expert_offsets, "
+    "str activation"
 )
 
 # Gradients of the first six inputs; empty where not wanted.
 expert_mlp_bwd = Operator(
-    f"expert_mlp_bwd(Tensor dout, Tensor h, bool[] wanted, {_MLP_INPUTS}) "
+    f"expert_mlp_bwd(Tensor dout, Tensor h, bool[] wanted, {_MLP_TENSORS}, {_MLP_INDICES}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mlp_bwd_fake,
     flops=_mlp_bwd_flops,
 )
 
-# The output (T, D), and h (R, rows of w_in): the first product before bias, saved for backward.
+# The output (T, D) with shared and residual added, and h (R, rows of w_in): the first product
+# before bias, saved for backward.
 expert_mlp = Operator(
-    f"expert_mlp({_MLP_INPUTS}) -> (Tensor, Tensor)",
+    f"expert_mlp({_MLP_TENSORS}, Tensor? shared, Tensor? residual, {_MLP_INDICES}) "
+    "-> (Tensor, Tensor)",
     _mlp_fake,
     setup_context=_save_mlp,
     backward=_mlp_backward,
     flops=_mlp_flops,
-    autocast=(0, 2, 3, 4, 5),
+    autocast=(0, 2, 3, 4, 5, 6, 7),
 )
 
 
@@ -117,7 +124,7 @@ def _save_gemm(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) 
 
 def _gemm_backward(ctx: Any, dout: Tensor) -> tuple[Optional, Optional, None]:
     wanted = [bool(need) for need in ctx.needs_input_grad[:2]]
-    drows, dw = grouped_gemm_bwd(dout, wanted, *ctx.saved_tensors)
+    drows, dw = grouped_gemm_bwd[ctx.backend](dout, wanted, *ctx.saved_tensors)
     return drows if wanted[0] else None, dw if wanted[1] else None, None
 
 

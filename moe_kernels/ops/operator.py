@@ -31,13 +31,13 @@ def _nobody_watches() -> bool:
 
 
 class Operator:
-    """An op of ``torch.ops.moe_kernels``.
+    """An op of ``torch.ops.moe_kernels``, with one overload for each backend that has a kernel.
 
     Args:
         schema: name, arguments and results; arguments are positional.
         fake: shapes and dtypes of the results.
         setup_context, backward: as for ``torch.library.register_autograd``; none for an op that is
-            itself a backward.
+            itself a backward. ``ctx.backend`` names the backend whose kernel ran forward.
         flops: FLOPs of a call from the shapes of its arguments; ``None`` counts as 0.
         autocast: positions of the arguments that are cast to the autocast dtype; ``None`` runs the
             op as it is (routing is in fp32 whatever autocast says).
@@ -53,32 +53,59 @@ class Operator:
         flops: Callable[..., int] | None = None,
         autocast: tuple[int, ...] | None = None,
     ) -> None:
-        self.name = schema.partition("(")[0]
-        library.define(schema)
-        torch.library.register_fake(f"moe_kernels::{self.name}", fake, lib=library)
-        packet = getattr(torch.ops.moe_kernels, self.name)
-        self.overload = packet.default
-        self._kernels: dict[str, Callable[..., Any]] = {}
-        self._functions: dict[str, Any] = {}
-        self._setup_context, self._backward = setup_context, backward
-        if backward is not None:
-            torch.library.register_autograd(
-                f"moe_kernels::{self.name}", backward, setup_context=setup_context, lib=library
-            )
-        self._has_autocast_rule = autocast is not None
-        if autocast is not None:
-            self._register_autocast(autocast)
-        torch.utils.flop_counter.register_flop_formula(packet)(flops or (lambda *_, **__: 0))
+        self.name, _, self.signature = schema.partition("(")
+        self.fake, self.setup_context, self.backward = fake, setup_context, backward
+        self.flops, self.autocast = flops or (lambda *_, **__: 0), autocast
+        self.variants: dict[str, Variant] = {}
 
-    def implement(self, device_type: str, kernel: Callable[..., Any]) -> None:
-        """Give the kernel that serves tensors of one device type."""
-        assert device_type not in self._kernels, (self.name, device_type)
-        library.impl(self.name, kernel, device_type.upper())
-        self._kernels[device_type] = kernel
-        if self._backward is not None and self._setup_context is not None:
-            self._functions[device_type] = _make_function(
-                self.name, kernel, self._setup_context, self._backward
+    def implement(
+        self, backend: str, kernel: Callable[..., Any], device_types: tuple[str, ...]
+    ) -> "Variant":
+        """Give a backend's kernel; defines the overload ``<op>.<backend>`` and returns it."""
+        assert backend not in self.variants, (self.name, backend)
+        self.variants[backend] = Variant(self, backend, kernel, device_types)
+        return self.variants[backend]
+
+    def __getitem__(self, backend: str) -> "Variant":
+        return self.variants[backend]
+
+    def owns(self, overload: Any) -> bool:
+        """Whether this is one of the op's overloads."""
+        return any(variant.overload is overload for variant in self.variants.values())
+
+
+class Variant:
+    """An op as one backend runs it."""
+
+    def __init__(
+        self,
+        operator: Operator,
+        backend: str,
+        kernel: Callable[..., Any],
+        device_types: tuple[str, ...],
+    ) -> None:
+        name = f"{operator.name}.{backend}"
+        library.define(f"{name}({operator.signature}")
+        torch.library.register_fake(f"moe_kernels::{name}", operator.fake, lib=library)
+        for device_type in device_types:
+            library.impl(name, kernel, device_type.upper())
+        packet = getattr(torch.ops.moe_kernels, operator.name)
+        self.overload = getattr(packet, backend)
+        self._kernel = kernel
+        self._function = None
+        if operator.backward is not None and operator.setup_context is not None:
+            setup_context = _remember_backend(operator.setup_context, backend)
+            torch.library.register_autograd(
+                f"moe_kernels::{name}", operator.backward, setup_context=setup_context, lib=library
             )
+            self._function = _make_function(name, kernel, setup_context, operator.backward)
+        self._has_autocast_rule = operator.autocast is not None
+        if operator.autocast is not None:
+            for device_type in ("cpu", "cuda"):
+                rule = _autocast_rule(self.overload, device_type, operator.autocast)
+                library.impl(name, rule, f"Autocast{device_type.upper()}")
+        if len(operator.variants) == 0:  # FLOPs are those of the op, whoever runs it
+            torch.utils.flop_counter.register_flop_formula(packet)(operator.flops)
 
     def __call__(self, *args: Any) -> Any:
         """Call the op; the first argument is a tensor."""
@@ -91,33 +118,39 @@ class Operator:
                 differentiable = differentiable or arg.requires_grad
             elif kind not in _PLAIN_TYPES:  # a tensor subclass knows what to do with an op
                 return self.overload(*args)
-        device_type = args[0].device.type
-        if self._has_autocast_rule and torch.is_autocast_enabled(device_type):
+        if self._has_autocast_rule and torch.is_autocast_enabled(args[0].device.type):
             return self.overload(*args)
-        if differentiable and device_type in self._functions and torch.is_grad_enabled():
-            return self._functions[device_type].apply(*args)
-        return self._kernels[device_type](*args)
+        if differentiable and self._function is not None and torch.is_grad_enabled():
+            return self._function.apply(*args)
+        return self._kernel(*args)
 
-    def _register_autocast(self, positions: tuple[int, ...]) -> None:
-        for device_type in ("cpu", "cuda"):
-            key = f"Autocast{device_type.upper()}"
-            library.impl(self.name, self._autocast_rule(device_type, key, positions), key)
 
-    def _autocast_rule(
-        self, device_type: str, key: str, positions: tuple[int, ...]
-    ) -> Callable[..., Any]:
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+def _remember_backend(setup_context: Callable[..., None], backend: str) -> Callable[..., None]:
+    """The backward calls ops too, and those of the same backend."""
 
-        def rule(*args: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
-            cast = [
-                arg.to(dtype) if i in positions and _is_castable(arg) else arg
-                for i, arg in enumerate(args)
-            ]
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return self.overload(*cast)
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = backend
+        setup_context(ctx, inputs, output)
 
-        return rule
+    return setup
+
+
+def _autocast_rule(
+    overload: Any, device_type: str, positions: tuple[int, ...]
+) -> Callable[..., Any]:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+    keys = torch._C.DispatchKeySet(key)
+
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [
+            arg.to(dtype) if i in positions and _is_castable(arg) else arg
+            for i, arg in enumerate(args)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*cast)
+
+    return rule
 
 
 def _make_function(
@@ -138,7 +171,7 @@ def _make_function(
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), members)
+    return type(name.replace(".", "_"), (torch.autograd.Function,), members)
 
 
 def _is_castable(arg: Any) -> bool:

@@ -89,7 +89,7 @@ def _save_expert_choice(ctx: Any, inputs: tuple[Any, ...], output: RouteOutputs)
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     router_logits, packed = ctx.saved_tensors
-    dlogits = route_bwd(router_logits, packed, *gradients[:4], *ctx.settings)
+    dlogits = route_bwd[ctx.backend](router_logits, packed, *gradients[:4], *ctx.settings)
     return (dlogits, *(None,) * (ctx.num_inputs - 1))
 
 
@@ -157,7 +157,7 @@ def _save_similarity(
 
 def _similarity_backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor, None, None]:
     router_logits, pair_weights = ctx.saved_tensors
-    return similarity_bwd(router_logits, pair_weights, dloss), None, None
+    return similarity_bwd[ctx.backend](router_logits, pair_weights, dloss), None, None
 
 
 similarity_bwd = Operator(

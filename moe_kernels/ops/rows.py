@@ -35,7 +35,7 @@ def _save_dispatch(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _dispatch_backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None, None]:
-    return sum_rows(drows, None, *ctx.saved_tensors), None, None, None
+    return sum_rows[ctx.backend](drows, None, *ctx.saved_tensors), None, None, None
 
 
 dispatch = Operator(
@@ -49,27 +49,34 @@ dispatch = Operator(
 
 
 def _combine_fake(
-    rows: Tensor, weights: Tensor, token_indices: Tensor, row_indices: Tensor, row_offsets: Tensor
+    rows: Tensor,
+    weights: Tensor,
+    shared: Tensor | None,
+    residual: Tensor | None,
+    token_indices: Tensor,
+    row_indices: Tensor,
+    row_offsets: Tensor,
 ) -> Tensor:
     return rows.new_empty(row_offsets.shape[0] - 1, rows.shape[1])
 
 
 def _save_combine(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    rows, weights, _, _, token_indices = inputs[:5]
+    ctx.save_for_backward(rows, weights, token_indices)
 
 
-def _combine_backward(
-    ctx: Any, dout: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+def _combine_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     rows, weights, token_indices = ctx.saved_tensors
     values = rows if ctx.needs_input_grad[1] else None
-    drows, dweights = gather(dout, token_indices, weights, values)
-    return drows, None if values is None else dweights, None, None, None
+    drows, dweights = gather[ctx.backend](dout, token_indices, weights, values)
+    dterms = (dout if need else None for need in ctx.needs_input_grad[2:4])
+    return drows, None if values is None else dweights, *dterms, None, None, None
 
 
+# out[t] = sum of weights[r] * rows[r] over the rows r of t, plus shared[t] and residual[t].
 combine = Operator(
-    "combine(Tensor rows, Tensor weights, Tensor token_indices, Tensor row_indices, "
-    "Tensor row_offsets) -> Tensor",
+    "combine(Tensor rows, Tensor weights, Tensor? shared, Tensor? residual, "
+    "Tensor token_indices, Tensor row_indices, Tensor row_offsets) -> Tensor",
     _combine_fake,
     setup_context=_save_combine,
     backward=_combine_backward,

@@ -145,7 +145,7 @@ def test_low_precision_activations_are_rounded_once(activation, dtype):
 
 
 def probabilities(logits: Tensor, affinity: str) -> Tensor:
-    return torch.ops.moe_kernels.affinity(logits, affinity)
+    return torch.ops.moe_kernels.affinity.cpu(logits, affinity)
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "collapsed", "extreme"])
@@ -198,11 +198,11 @@ def test_conversions_keep_every_finite_number(dtype):
     rows = torch.arange(x.shape[0], dtype=torch.int32)
     offsets = torch.arange(x.shape[0] + 1, dtype=torch.int32)
     ones = torch.ones(x.shape[0])
-    copied, _ = ops.gather(x, rows, ones, None)
+    copied, _ = ops.gather["cpu"](x, rows, ones, None)
     assert torch.equal(copied.view(torch.int16), x.view(torch.int16))
     unsigned_zero = torch.where(x == 0, torch.zeros_like(x), x)  # a sum starts from +0
     for weights in (ones, None):
-        summed = ops.sum_rows(x, weights, rows, offsets)
+        summed = ops.sum_rows["cpu"](x, weights, rows, offsets)
         assert torch.equal(summed.view(torch.int16), unsigned_zero.view(torch.int16))
 
 
@@ -211,6 +211,6 @@ def test_conversions_keep_every_finite_number(dtype):
 def test_rounding_is_to_nearest_even_with_overflow_to_infinity(dtype, weight):
     x = every_pattern(dtype)
     rows = torch.arange(x.shape[0], dtype=torch.int32)
-    scaled, _ = ops.gather(x, rows, torch.full((x.shape[0],), weight), None)
+    scaled, _ = ops.gather["cpu"](x, rows, torch.full((x.shape[0],), weight), None)
     want = (x.float() * torch.tensor(weight)).to(dtype)
     assert torch.equal(scaled.view(torch.int16), want.view(torch.int16))

@@ -65,7 +65,8 @@ def mlp_args(activation: str, bias: bool, dtype: torch.dtype, kind: str) -> tupl
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, *others = mlp_tensors(activation, bias, dtype)
     weights = plan.routing_weights.to(wide).requires_grad_()
-    return (x, weights, *others, *indices(plan), activation)
+    terms = [leaf(*x.shape, dtype=dtype), leaf(*x.shape, dtype=dtype)] if bias else [None, None]
+    return (x, weights, *others, *terms, *indices(plan), activation)
 
 
 def route_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -83,10 +84,10 @@ def route_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         pairs = (logits, plan.packed_indices.row_experts, plan.row_offsets)
         yield "similarity", pairs
         logits = logits.detach()
-        loss_weights = torch.ops.moe_kernels.similarity(logits, *pairs[1:])[1]
+        loss_weights = torch.ops.moe_kernels.similarity.cpu(logits, *pairs[1:])[1]
         yield "similarity_bwd", (logits, loss_weights, torch.randn((), dtype=dtype))
         scalar = torch.randn((), dtype=dtype)
-        weights, *_, packed = torch.ops.moe_kernels.expert_choice(
+        weights, *_, packed = torch.ops.moe_kernels.expert_choice.cpu(
             logits, 5, "softmax", True, 1.5, 2, True
         )
         upstream = (torch.randn_like(weights), scalar, scalar, torch.randn(2 + EXPERTS).to(dtype))
@@ -104,7 +105,8 @@ def row_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         rows = leaf(plan.num_rows, HIDDEN, dtype=dtype)
         plain_x, plain_rows = x.detach(), rows.detach()
         yield "dispatch", (x, plan.token_indices, plan.row_indices, plan.row_offsets)
-        yield "combine", (rows, weights.clone().requires_grad_(), *indices(plan)[:3])
+        for terms in ((None, None), (leaf(TOKENS, HIDDEN, dtype=dtype), x)):
+            yield "combine", (rows, weights.clone().requires_grad_(), *terms, *indices(plan)[:3])
         yield "gather", (plain_x, plan.token_indices, None, None)
         yield "gather", (plain_x, plan.token_indices, weights, plain_rows)
         yield "sum_rows", (plain_rows, None, plan.row_indices, plan.row_offsets)
@@ -123,9 +125,10 @@ def expert_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         args = mlp_args(*case)
         yield "expert_mlp", args
         plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
-        out, h = torch.ops.moe_kernels.expert_mlp(*plain)
+        out, h = torch.ops.moe_kernels.expert_mlp.cpu(*plain)
         for wanted in ([True] * 4 + [case[1]] * 2, [False, True, False, True, False, case[1]]):
-            yield "expert_mlp_bwd", (torch.randn_like(out), h, wanted, *plain)
+            operands = (*plain[:6], *plain[8:])  # without shared and residual
+            yield "expert_mlp_bwd", (torch.randn_like(out), h, wanted, *operands)
     plan = make_plan()
     for dtype in (torch.float32, torch.bfloat16):
         rows = leaf(plan.num_rows, HIDDEN, dtype=dtype)
@@ -155,7 +158,7 @@ SAMPLES = (route_samples, row_samples, expert_samples, activation_samples)
 @pytest.mark.parametrize("samples", SAMPLES, ids=lambda samples: samples.__name__)
 def test_opcheck(samples):
     for name, args in samples():
-        opcheck(getattr(torch.ops.moe_kernels, name).default, args)
+        opcheck(getattr(torch.ops.moe_kernels, name).cpu, args)
 
 
 def test_every_operator_has_samples():
@@ -193,12 +196,12 @@ def test_autocast_rule_of_the_products():
     ]
     low[1] = args[1]  # routing weights stay in fp32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, h = torch.ops.moe_kernels.expert_mlp(*args)
-        product = torch.ops.moe_kernels.grouped_gemm(rows, w, plan.expert_offsets)
+        out, h = torch.ops.moe_kernels.expert_mlp.cpu(*args)
+        product = torch.ops.moe_kernels.grouped_gemm.cpu(rows, w, plan.expert_offsets)
     assert {out.dtype, h.dtype, product.dtype} == {torch.bfloat16}
-    assert torch.equal(out, torch.ops.moe_kernels.expert_mlp(*low)[0])
+    assert torch.equal(out, torch.ops.moe_kernels.expert_mlp.cpu(*low)[0])
     operands = (rows.bfloat16(), w.bfloat16(), plan.expert_offsets)
-    assert torch.equal(product, torch.ops.moe_kernels.grouped_gemm(*operands))
+    assert torch.equal(product, torch.ops.moe_kernels.grouped_gemm.cpu(*operands))
     gradients = torch.autograd.grad(out, [args[0], args[1], args[2]], torch.randn_like(out))
     assert [g.dtype for g in gradients] == [torch.float32] * 3
 

@@ -1,29 +1,12 @@
-"""C++ kernels with OpenMP (``csrc/cpu``): the ops' CPU kernels, and how the stages call the ops."""
+"""C++ kernels with OpenMP (``csrc/cpu``): the CPU kernels of the ops."""
 
-from moe_kernels.backends.cpu import products
-from moe_kernels.backends.cpu.activation import activation
-from moe_kernels.backends.cpu.experts import expert_mlp, grouped_gemm
-from moe_kernels.backends.cpu.losses import (
-    load_balance_loss,
-    router_similarity_loss,
-    router_z_loss,
-)
-from moe_kernels.backends.cpu.route import expert_choice, router_probs, token_choice
-from moe_kernels.backends.cpu.rows import combine, dispatch
+from moe_kernels.backends.cpu import activation, experts, losses, products, route, rows
+from moe_kernels.backends.stages import Stages
 
-IMPLEMENTATIONS = {
-    "expert_choice": expert_choice,
-    "token_choice": token_choice,
-    "router_probs": router_probs,
-    "dispatch": dispatch,
-    "grouped_gemm": grouped_gemm,
-    "expert_mlp": expert_mlp,
-    "activation": activation,
-    "combine": combine,
-    "load_balance_loss": load_balance_loss,
-    "router_z_loss": router_z_loss,
-    "router_similarity_loss": router_similarity_loss,
-}
+# Importing these has given the ops their CPU kernels.
+KERNELS = (activation, experts, losses, route, rows)
+
+IMPLEMENTATIONS = Stages("cpu", has_fp64=True).implementations()
 
 # For the backends table.
 describe = products.describe

@@ -45,10 +45,5 @@ def _bwd_kernel(da: Tensor, h: Tensor, activation: str) -> Tensor:
     return dh
 
 
-ops.activation.implement("cpu", _kernel)
-ops.activation_bwd.implement("cpu", _bwd_kernel)
-
-
-def activation(h: Tensor, activation: str) -> Tensor:
-    """GELU (tanh or exact) or SwiGLU over the last dimension."""
-    return ops.activation(h, activation)
+ops.activation.implement("cpu", _kernel, ("cpu",))
+ops.activation_bwd.implement("cpu", _bwd_kernel, ("cpu",))

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels.autocast import autocast_operands
 from moe_kernels.backends.cpu import fallback
 from moe_kernels.backends.cpu.memory import empty
 from moe_kernels.backends.cpu.native import (
@@ -14,12 +13,11 @@ from moe_kernels.backends.cpu.native import (
     address,
     check_indices,
     native,
-    wide_dtype,
 )
 from moe_kernels.backends.cpu.products import PRODUCTS
+from moe_kernels.backends.cpu.rows import add_terms
 from moe_kernels.backends.reference.ragged_gemm import host_offsets
 from moe_kernels.ops import experts as ops
-from moe_kernels.plan import RoutingPlan
 
 
 def _contiguous(tensors: tuple[Any, ...]) -> list[Any]:
@@ -42,10 +40,11 @@ def _check(x: Tensor, indices: tuple[Tensor, ...]) -> None:
 
 def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
     inputs = tuple(_contiguous(inputs))
-    x, weights, w_in, w_out, bias_in, bias_out, *indices, activation = inputs
+    x, weights, w_in, w_out, bias_in, bias_out, shared, residual, *indices, activation = inputs
     _check(x, tuple(indices))
     if not PRODUCTS.serve(x.dtype):
-        return fallback.expert_mlp_fwd(*inputs)
+        out, h = fallback.expert_mlp_fwd(*inputs[:6], *inputs[8:])
+        return add_terms(out, shared, residual), h
     out = empty(x.shape, x.dtype)
     h = empty((indices[0].shape[0], w_in.shape[1]), x.dtype)
     parts = [x, w_in, w_out, bias_in, bias_out, weights, *indices, h]
@@ -58,7 +57,7 @@ def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out, h
+    return add_terms(out, shared, residual), h
 
 
 def _mlp_bwd_kernel(
@@ -140,42 +139,7 @@ def _gemm_bwd_kernel(
     return drows, dw
 
 
-ops.expert_mlp.implement("cpu", _mlp_kernel)
-ops.expert_mlp_bwd.implement("cpu", _mlp_bwd_kernel)
-ops.grouped_gemm.implement("cpu", _gemm_kernel)
-ops.grouped_gemm_bwd.implement("cpu", _gemm_bwd_kernel)
-
-
-def grouped_gemm(
-    rows: Tensor, w: Tensor, expert_offsets: Tensor, rows_per_expert: int | None
-) -> Tensor:
-    """See ``moe_kernels.grouped_gemm``; equal groups need no case of their own here."""
-    return ops.grouped_gemm(rows, w, expert_offsets)
-
-
-def expert_mlp(
-    x: Tensor,
-    plan: RoutingPlan,
-    w_in: Tensor,
-    w_out: Tensor,
-    *,
-    activation: str,
-    bias_in: Tensor | None,
-    bias_out: Tensor | None,
-) -> Tensor:
-    """See ``moe_kernels.expert_mlp``."""
-    tokens, w_in, w_out = autocast_operands(x, w_in, w_out)
-    out, _ = ops.expert_mlp(
-        tokens,
-        plan.routing_weights.to(wide_dtype(tokens.dtype)),
-        w_in,
-        w_out,
-        None if bias_in is None else bias_in.to(tokens.dtype),
-        None if bias_out is None else bias_out.to(tokens.dtype),
-        plan.token_indices,
-        plan.row_indices,
-        plan.row_offsets,
-        plan.expert_offsets,
-        activation,
-    )
-    return out.to(x.dtype)
+ops.expert_mlp.implement("cpu", _mlp_kernel, ("cpu",))
+ops.expert_mlp_bwd.implement("cpu", _mlp_bwd_kernel, ("cpu",))
+ops.grouped_gemm.implement("cpu", _gemm_kernel, ("cpu",))
+ops.grouped_gemm_bwd.implement("cpu", _gemm_bwd_kernel, ("cpu",))

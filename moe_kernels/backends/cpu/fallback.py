@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moe_kernels.backends.cpu.native import ACTIVATIONS, DTYPES, address, native, wide_dtype
+from moe_kernels.backends.cpu.native import ACTIVATIONS, DTYPES, address, native
 from moe_kernels.backends.reference.ragged_gemm import ragged_gemm_bwd, ragged_gemm_fwd
+from moe_kernels.backends.stages import wide_dtype
 
 
 def grouped_gemm_fwd(rows: Tensor, w: Tensor, expert_offsets: Tensor) -> Tensor:

@@ -18,11 +18,6 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of this dtype are added up in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_indices(name: str, indices: Tensor, end: int) -> None:
     """Raise unless these are int32 in [0, end), where a kernel may read and write.
 

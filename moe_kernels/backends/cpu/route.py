@@ -1,4 +1,4 @@
-"""Routing on the CPU: kernels of the routing ops, and plans from their results."""
+"""Routing on the CPU: kernels of the routing ops."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,6 @@ from torch import Tensor
 from moe_kernels.backends.cpu.native import AFFINITIES, DTYPES, address, native
 from moe_kernels.checks import check_finite_logits
 from moe_kernels.ops import route as ops
-from moe_kernels.plan import FusedRouting, RoutingPlan
 
 
 def _token_choice_kernel(
@@ -140,90 +139,7 @@ def _affinity_kernel(router_logits: Tensor, affinity: str) -> Tensor:
     return probs
 
 
-ops.token_choice.implement("cpu", _token_choice_kernel)
-ops.expert_choice.implement("cpu", _expert_choice_kernel)
-ops.route_bwd.implement("cpu", _route_bwd_kernel)
-ops.affinity.implement("cpu", _affinity_kernel)
-
-
-def router_probs(router_logits: Tensor, affinity: str) -> Tensor:
-    """(T, E) affinities, to the bit those that the routing kernels select by."""
-    return ops.affinity(router_logits, affinity)
-
-
-def token_choice(
-    router_logits: Tensor,
-    *,
-    top_k: int,
-    affinity: str,
-    normalize: str,
-    scale: float,
-    selection_bias: Tensor | None,
-    num_expert_groups: int,
-    top_k_groups: int,
-    num_groups: int,
-    check_finite: bool,
-) -> RoutingPlan:
-    """See ``moe_kernels.token_choice``."""
-    outputs = ops.token_choice(
-        router_logits,
-        selection_bias,
-        top_k,
-        affinity,
-        normalize == "per_token",
-        scale,
-        num_expert_groups,
-        top_k_groups,
-        num_groups,
-        check_finite,
-    )
-    return _make_plan(router_logits, outputs, "token_choice", affinity, num_groups, top_k, None)
-
-
-def expert_choice(
-    router_logits: Tensor,
-    *,
-    capacity: int,
-    num_groups: int,
-    affinity: str,
-    normalize: str,
-    scale: float,
-    check_finite: bool,
-) -> RoutingPlan:
-    """See ``moe_kernels.expert_choice``."""
-    outputs = ops.expert_choice(
-        router_logits,
-        capacity,
-        affinity,
-        normalize == "per_token",
-        scale,
-        num_groups,
-        check_finite,
-    )
-    return _make_plan(router_logits, outputs, "expert_choice", affinity, num_groups, None, capacity)
-
-
-def _make_plan(
-    router_logits: Tensor,
-    outputs: ops.RouteOutputs,
-    router: str,
-    affinity: str,
-    num_groups: int,
-    top_k: int | None,
-    capacity: int | None,
-) -> RoutingPlan:
-    weights, load_balance, z_loss, terms, packed = outputs
-    tokens, experts = router_logits.shape
-    return RoutingPlan.from_kernel(
-        FusedRouting(load_balance, z_loss, terms, packed),
-        router=router,
-        affinity=affinity,
-        num_tokens=tokens,
-        num_experts=experts,
-        num_groups=num_groups,
-        top_k=top_k,
-        capacity=capacity,
-        router_logits=router_logits,
-        routing_weights=weights,
-        backend="cpu",
-    )
+ops.token_choice.implement("cpu", _token_choice_kernel, ("cpu",))
+ops.expert_choice.implement("cpu", _expert_choice_kernel, ("cpu",))
+ops.route_bwd.implement("cpu", _route_bwd_kernel, ("cpu",))
+ops.affinity.implement("cpu", _affinity_kernel, ("cpu",))

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from moe_kernels.backends.cpu.memory import empty
-from moe_kernels.backends.cpu.native import DTYPES, address, check_indices, native, wide_dtype
+from moe_kernels.backends.cpu.native import DTYPES, address, check_indices, native
+from moe_kernels.backends.stages import wide_dtype
 from moe_kernels.ops import rows as ops
-from moe_kernels.plan import RoutingPlan
 
 
 def _gather_kernel(
@@ -63,23 +63,30 @@ def _dispatch_kernel(
 
 
 def _combine_kernel(
-    rows: Tensor, weights: Tensor, token_indices: Tensor, row_indices: Tensor, row_offsets: Tensor
+    rows: Tensor,
+    weights: Tensor,
+    shared: Tensor | None,
+    residual: Tensor | None,
+    token_indices: Tensor,
+    row_indices: Tensor,
+    row_offsets: Tensor,
 ) -> Tensor:
-    return _sum_rows_kernel(rows, weights.contiguous(), row_indices, row_offsets)
+    out = _sum_rows_kernel(rows, weights.contiguous(), row_indices, row_offsets)
+    return add_terms(out, shared, residual)
 
 
-ops.gather.implement("cpu", _gather_kernel)
-ops.sum_rows.implement("cpu", _sum_rows_kernel)
-ops.dispatch.implement("cpu", _dispatch_kernel)
-ops.combine.implement("cpu", _combine_kernel)
+def add_terms(out: Tensor, shared: Tensor | None, residual: Tensor | None) -> Tensor:
+    """out + shared + residual in fp32 (fp64), rounded once."""
+    terms = [term for term in (shared, residual) if term is not None]
+    if not terms:
+        return out
+    wide = out.to(wide_dtype(out.dtype))
+    for term in terms:
+        wide = wide + term
+    return wide.to(out.dtype)
 
 
-def dispatch(x: Tensor, plan: RoutingPlan) -> Tensor:
-    """See ``moe_kernels.dispatch``."""
-    return ops.dispatch(x, plan.token_indices, plan.row_indices, plan.row_offsets)
-
-
-def combine(rows: Tensor, plan: RoutingPlan) -> Tensor:
-    """See ``moe_kernels.combine``."""
-    weights = plan.routing_weights.to(wide_dtype(rows.dtype))
-    return ops.combine(rows, weights, plan.token_indices, plan.row_indices, plan.row_offsets)
+ops.gather.implement("cpu", _gather_kernel, ("cpu",))
+ops.sum_rows.implement("cpu", _sum_rows_kernel, ("cpu",))
+ops.dispatch.implement("cpu", _dispatch_kernel, ("cpu",))
+ops.combine.implement("cpu", _combine_kernel, ("cpu",))

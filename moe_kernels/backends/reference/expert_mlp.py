@@ -43,6 +43,8 @@ def expert_mlp(
     activation: str,
     bias_in: Tensor | None,
     bias_out: Tensor | None,
+    shared: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """Dispatch, grouped GEMM, activation, grouped GEMM, combine.
 
@@ -54,4 +56,4 @@ def expert_mlp(
     h = grouped_gemm(rows, w_in, plan.expert_offsets, plan.rows_per_expert)  # (R, F or 2F)
     a = activate(add_bias(h, bias_in, plan), activation).to(h.dtype)  # (R, F)
     y = grouped_gemm(a, w_out, plan.expert_offsets, plan.rows_per_expert)  # (R, D)
-    return combine(add_bias(y, bias_out, plan), plan).to(x.dtype)  # (T, D)
+    return combine(add_bias(y, bias_out, plan), plan, shared, residual).to(x.dtype)  # (T, D)
