@@ -4,7 +4,6 @@
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import moe_kernels as mk
 from dit_models.config import EvaluationConfig
 from dit_models.data import build_dataset
 from dit_models.drawing import Artist, Prompts, captions_of
@@ -36,14 +36,6 @@ def why_not_evaluated(dataset_name: str, image_size: int) -> str | None:
             f"the classifier of {dataset_name} reads images of {expected} pixels, not {image_size}"
         )
     return None
-
-
-def cache_dir() -> Path:
-    """Folder of trained classifiers: ``MOE_KERNELS_CACHE``, else the user's cache folder."""
-    if given := os.environ.get("MOE_KERNELS_CACHE"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dit-moe-kernels"
 
 
 def evaluate(
@@ -101,9 +93,9 @@ def _draw_all(artist: Artist, prompts: Prompts, scale: float, batch_size: int) -
 def _judge(dataset_name: str, images: Tensor, prompts: Prompts) -> dict[str, Any]:
     if dataset_name == "digits":
         assert prompts.labels is not None
-        return asdict(evaluate_digits(images, prompts.labels, cache_dir()))
+        return asdict(evaluate_digits(images, prompts.labels, mk.cache_folder()))
     assert prompts.captions is not None
-    quality = asdict(evaluate_scenes(images, prompts.captions, cache_dir()))
+    quality = asdict(evaluate_scenes(images, prompts.captions, mk.cache_folder()))
     # The names every summary has: the asked scene is its class, the reader its classifier.
     return {
         "class_accuracy": quality["overall"],

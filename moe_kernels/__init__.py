@@ -5,6 +5,7 @@ order.
 """
 
 from moe_kernels.backends import BackendUnavailable, use_backend
+from moe_kernels.cache import cache_folder
 from moe_kernels.checkpoint import save_routing_context_fn
 from moe_kernels.combine import combine
 from moe_kernels.dispatch import dispatch
@@ -32,6 +33,7 @@ __all__ = [
     "RoutingStats",
     "SharedExpert",
     "TokenChoiceRouter",
+    "cache_folder",
     "combine",
     "dispatch",
     "expert_capacity",

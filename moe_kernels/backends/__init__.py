@@ -50,6 +50,7 @@ class Backend:
         module: module that holds ``IMPLEMENTATIONS`` (op name -> function), imported when first
             used; ``None`` while this version has no kernels for it.
         reason: why ``module`` is ``None``.
+        on_request: further device types, served when the backend is asked for by name only.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Backend:
     device_types: tuple[str, ...]
     module: str | None = None
     reason: str = ""
+    on_request: tuple[str, ...] = ()
 
     def why_not(self, op: str, device_type: str) -> str | None:
         """Say why this backend cannot serve ``op`` on ``device_type``; ``None`` when it can."""
@@ -64,7 +66,7 @@ class Backend:
             return self.reason
         if self.name in _broken:
             return _broken[self.name]
-        if self.device_types and device_type not in self.device_types:
+        if self.device_types and device_type not in self.device_types + self.on_request:
             return f"runs on {' and '.join(self.device_types)} only, not on {device_type}"
         try:
             implementations = self.implementations()
@@ -85,9 +87,12 @@ class Backend:
 _loaded: dict[str, dict[str, Callable[..., Any]]] = {}
 _resolved: dict[tuple[str, str, str | None], Callable[..., Any]] = {}
 _broken: dict[str, str] = {}  # backends whose import failed, and why
+_COMPILED = ("cpu", "cuda")  # built with the package; build_record() says how that went
 
 
 def _why_missing(name: str, error: ImportError) -> str:
+    if name not in _COMPILED:
+        return f"cannot be imported ({error})"
     record = build_record().get(name, {})
     if record.get("built"):
         return f"was built but cannot be loaded ({error}); install again with pip"
@@ -99,7 +104,13 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cuda", "CUDA C++ kernels", ("cuda",), reason="not in this version"),
-        Backend("triton", "Triton kernels", ("cuda",), reason="not in this version"),
+        Backend(
+            "triton",
+            "Triton kernels; on a CPU under TRITON_INTERPRET=1, for tests",
+            ("cuda",),
+            module="moe_kernels.backends.triton",
+            on_request=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else (),
+        ),
         Backend("cpu", "C++ kernels with OpenMP", ("cpu",), module="moe_kernels.backends.cpu"),
         Backend(
             "megablocks", "megablocks, when installed", ("cuda",), reason="not in this version"
@@ -195,6 +206,8 @@ def _choose(op: str, device_type: str, requested: str | None) -> str:
             )
         return requested
     for name, backend in BACKENDS.items():
+        if device_type in backend.on_request:
+            continue
         reason = backend.why_not(op, device_type)
         if reason is None:
             return name

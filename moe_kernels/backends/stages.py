@@ -169,10 +169,10 @@ class Stages:
     def grouped_gemm(
         self, rows: Tensor, w: Tensor, expert_offsets: Tensor, rows_per_expert: int | None
     ) -> Tensor:
-        """See ``moe_kernels.grouped_gemm``; equal groups need no case of their own here."""
+        """See ``moe_kernels.grouped_gemm``."""
         if not self._serves(rows.dtype):
             return reference.grouped_gemm(rows, w, expert_offsets, rows_per_expert)
-        return expert_ops.grouped_gemm[self.backend](rows, w, expert_offsets)
+        return expert_ops.grouped_gemm[self.backend](rows, w, expert_offsets, rows_per_expert or 0)
 
     def expert_mlp(
         self,
@@ -215,6 +215,7 @@ class Stages:
             plan.row_indices,
             plan.row_offsets,
             plan.expert_offsets,
+            plan.rows_per_expert or 0,
             activation,
         )
         return out.to(x.dtype)

@@ -1,4 +1,7 @@
-"""Expert MLP and grouped GEMM as ops."""
+"""Expert MLP and grouped GEMM as ops.
+
+``rows_per_expert`` is that of equal groups (expert choice), 0 for ragged ones.
+"""
 
 from typing import Any
 
@@ -23,6 +26,7 @@ def _mlp_fake(
     row_indices: Tensor,
     row_offsets: Tensor,
     expert_offsets: Tensor,
+    rows_per_expert: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -59,18 +63,18 @@ def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(h)
     ctx.save_for_backward(h, *inputs[:6], *inputs[8:12])
-    ctx.activation = inputs[12]
+    ctx.settings = inputs[12:]
 
 
 def _mlp_backward(ctx: Any, dout: Optional, _: None) -> tuple[Optional, ...]:
     if dout is None:
-        return (None,) * 13
+        return (None,) * 14
     h, *inputs = ctx.saved_tensors
     wanted = [bool(need) for need in ctx.needs_input_grad[:6]]
-    gradients = expert_mlp_bwd[ctx.backend](dout, h, wanted, *inputs, ctx.activation)
+    gradients = expert_mlp_bwd[ctx.backend](dout, h, wanted, *inputs, *ctx.settings)
     used = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
     dterms = (dout if need else None for need in ctx.needs_input_grad[6:8])
-    return (*used, *dterms, *(None,) * 5)
+    return (*used, *dterms, *(None,) * 6)
 
 
 def _mlp_flops(x: Any, weights: Any, w_in: Any, w_out: Any, *args: Any, **_: Any) -> int:
@@ -90,7 +94,7 @@ _MLP_TENSORS = (
 )
 _MLP_INDICES = (
     "Tensor token_indices, Tensor row_indices, Tensor row_offsets, Tensor expert_offsets, "
-    "str activation"
+    "SymInt rows_per_expert, str activation"
 )
 
 # Gradients of the first six inputs; empty where not wanted.
@@ -118,20 +122,21 @@ def _gemm_flops(rows: Any, w: Any, *_: Any, **__: Any) -> int:
     return 2 * rows[0] * w[1] * w[2]
 
 
-def _save_gemm(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_gemm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rows_per_expert = inputs[3]
 
 
-def _gemm_backward(ctx: Any, dout: Tensor) -> tuple[Optional, Optional, None]:
+def _gemm_backward(ctx: Any, dout: Tensor) -> tuple[Optional, ...]:
     wanted = [bool(need) for need in ctx.needs_input_grad[:2]]
-    drows, dw = grouped_gemm_bwd[ctx.backend](dout, wanted, *ctx.saved_tensors)
-    return drows if wanted[0] else None, dw if wanted[1] else None, None
+    drows, dw = grouped_gemm_bwd[ctx.backend](dout, wanted, *ctx.saved_tensors, ctx.rows_per_expert)
+    return drows if wanted[0] else None, dw if wanted[1] else None, None, None
 
 
 grouped_gemm_bwd = Operator(
-    "grouped_gemm_bwd(Tensor dout, bool[] wanted, Tensor rows, Tensor w, Tensor expert_offsets) "
-    "-> (Tensor, Tensor)",
-    lambda dout, wanted, rows, w, expert_offsets: (
+    "grouped_gemm_bwd(Tensor dout, bool[] wanted, Tensor rows, Tensor w, Tensor expert_offsets, "
+    "SymInt rows_per_expert) -> (Tensor, Tensor)",
+    lambda dout, wanted, rows, w, expert_offsets, rows_per_expert: (
         empty_gradient(rows, rows, wanted[0]),
         empty_gradient(rows, w, wanted[1]),
     ),
@@ -139,8 +144,8 @@ grouped_gemm_bwd = Operator(
 )
 
 grouped_gemm = Operator(
-    "grouped_gemm(Tensor rows, Tensor w, Tensor expert_offsets) -> Tensor",
-    lambda rows, w, expert_offsets: rows.new_empty(rows.shape[0], w.shape[1]),
+    "grouped_gemm(Tensor rows, Tensor w, Tensor expert_offsets, SymInt rows_per_expert) -> Tensor",
+    lambda rows, w, expert_offsets, rows_per_expert: rows.new_empty(rows.shape[0], w.shape[1]),
     setup_context=_save_gemm,
     backward=_gemm_backward,
     flops=_gemm_flops,

@@ -66,7 +66,7 @@ def mlp_args(activation: str, bias: bool, dtype: torch.dtype, kind: str) -> tupl
     x, *others = mlp_tensors(activation, bias, dtype)
     weights = plan.routing_weights.to(wide).requires_grad_()
     terms = [leaf(*x.shape, dtype=dtype), leaf(*x.shape, dtype=dtype)] if bias else [None, None]
-    return (x, weights, *others, *terms, *indices(plan), activation)
+    return (x, weights, *others, *terms, *indices(plan), plan.rows_per_expert or 0, activation)
 
 
 def route_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -133,10 +133,10 @@ def expert_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for dtype in (torch.float32, torch.bfloat16):
         rows = leaf(plan.num_rows, HIDDEN, dtype=dtype)
         w = leaf(EXPERTS, INTERMEDIATE, HIDDEN, dtype=dtype)
-        yield "grouped_gemm", (rows, w, plan.expert_offsets)
+        yield "grouped_gemm", (rows, w, plan.expert_offsets, 0)
         dout = torch.randn(plan.num_rows, INTERMEDIATE).to(dtype)
         for wanted in ([True, True], [False, True], [True, False]):
-            operands = (rows.detach(), w.detach(), plan.expert_offsets)
+            operands = (rows.detach(), w.detach(), plan.expert_offsets, 0)
             yield "grouped_gemm_bwd", (dout, wanted, *operands)
 
 
@@ -197,10 +197,10 @@ def test_autocast_rule_of_the_products():
     low[1] = args[1]  # routing weights stay in fp32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, h = torch.ops.moe_kernels.expert_mlp.cpu(*args)
-        product = torch.ops.moe_kernels.grouped_gemm.cpu(rows, w, plan.expert_offsets)
+        product = torch.ops.moe_kernels.grouped_gemm.cpu(rows, w, plan.expert_offsets, 0)
     assert {out.dtype, h.dtype, product.dtype} == {torch.bfloat16}
     assert torch.equal(out, torch.ops.moe_kernels.expert_mlp.cpu(*low)[0])
-    operands = (rows.bfloat16(), w.bfloat16(), plan.expert_offsets)
+    operands = (rows.bfloat16(), w.bfloat16(), plan.expert_offsets, 0)
     assert torch.equal(product, torch.ops.moe_kernels.grouped_gemm.cpu(*operands))
     gradients = torch.autograd.grad(out, [args[0], args[1], args[2]], torch.randn_like(out))
     assert [g.dtype for g in gradients] == [torch.float32] * 3

@@ -40,10 +40,10 @@ def _check(x: Tensor, indices: tuple[Tensor, ...]) -> None:
 
 def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
     inputs = tuple(_contiguous(inputs))
-    x, weights, w_in, w_out, bias_in, bias_out, shared, residual, *indices, activation = inputs
+    x, weights, w_in, w_out, bias_in, bias_out, shared, residual, *indices, _, activation = inputs
     _check(x, tuple(indices))
     if not PRODUCTS.serve(x.dtype):
-        out, h = fallback.expert_mlp_fwd(*inputs[:6], *inputs[8:])
+        out, h = fallback.expert_mlp_fwd(*inputs[:6], *indices, activation=activation)
         return add_terms(out, shared, residual), h
     out = empty(x.shape, x.dtype)
     h = empty((indices[0].shape[0], w_in.shape[1]), x.dtype)
@@ -65,9 +65,11 @@ def _mlp_bwd_kernel(
 ) -> tuple[Tensor, ...]:
     dout, h = _contiguous((dout, h))
     inputs = tuple(_contiguous(inputs))
-    x, weights, w_in, w_out, bias_in, bias_out, *indices, activation = inputs
+    x, weights, w_in, w_out, bias_in, bias_out, *indices, _, activation = inputs
     if not PRODUCTS.serve(x.dtype):
-        return fallback.expert_mlp_bwd(dout, h, wanted, *inputs)
+        return fallback.expert_mlp_bwd(
+            dout, h, wanted, *inputs[:6], *indices, activation=activation
+        )
     differentiable = (x, weights, w_in, w_out, bias_in, bias_out)
     gradients = tuple(
         x.new_empty(0) if tensor is None or not want else empty(tensor.shape, tensor.dtype)
@@ -91,7 +93,7 @@ def _mlp_bwd_kernel(
     return gradients
 
 
-def _gemm_kernel(rows: Tensor, w: Tensor, expert_offsets: Tensor) -> Tensor:
+def _gemm_kernel(rows: Tensor, w: Tensor, expert_offsets: Tensor, rows_per_expert: int) -> Tensor:
     rows, w, expert_offsets = _contiguous((rows, w, expert_offsets))
     host_offsets(expert_offsets, rows.shape[0])
     if not PRODUCTS.serve(rows.dtype):
@@ -114,7 +116,12 @@ def _gemm_kernel(rows: Tensor, w: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 def _gemm_bwd_kernel(
-    dout: Tensor, wanted: list[bool], rows: Tensor, w: Tensor, expert_offsets: Tensor
+    dout: Tensor,
+    wanted: list[bool],
+    rows: Tensor,
+    w: Tensor,
+    expert_offsets: Tensor,
+    rows_per_expert: int,
 ) -> tuple[Tensor, Tensor]:
     dout, rows, w, expert_offsets = _contiguous((dout, rows, w, expert_offsets))
     if not PRODUCTS.serve(rows.dtype):

@@ -59,6 +59,7 @@ def expert_mlp_fwd(
     row_indices: Tensor,
     row_offsets: Tensor,
     expert_offsets: Tensor,
+    *,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """See ``moe_kernels.ops.experts.expert_mlp``."""
@@ -99,6 +100,7 @@ def expert_mlp_bwd(
     row_indices: Tensor,
     row_offsets: Tensor,
     expert_offsets: Tensor,
+    *,
     activation: str,
 ) -> tuple[Tensor, ...]:
     """See ``moe_kernels.ops.experts.expert_mlp_bwd``."""
