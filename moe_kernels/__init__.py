@@ -21,6 +21,7 @@ from moe_kernels.losses import load_balance_loss, router_similarity_loss, router
 from moe_kernels.plan import RoutingPlan
 from moe_kernels.router import expert_capacity, expert_choice, token_choice
 from moe_kernels.telemetry import RoutingStats, routing_stats
+from moe_kernels.warmup import WarmupReport, warmup
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "RoutingStats",
     "SharedExpert",
     "TokenChoiceRouter",
+    "WarmupReport",
     "cache_folder",
     "combine",
     "dispatch",
@@ -47,4 +49,5 @@ __all__ = [
     "save_routing_context_fn",
     "token_choice",
     "use_backend",
+    "warmup",
 ]

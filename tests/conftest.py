@@ -1,10 +1,15 @@
 """Shared fixtures: uninitialised memory is poisoned, seeds are fixed, GPU tests need a GPU."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU the Triton kernels run in Triton's interpreter, which it decides when imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -193,6 +193,11 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> Callab
     return _resolved[key]
 
 
+def serving(op: str, device: torch.device, backend: str | None = None) -> str:
+    """Name of the backend that ``resolve`` would choose."""
+    return _choose(op, device.type, _Default.name if backend is None else backend)
+
+
 @torch.compiler.assume_constant_result
 def _choose(op: str, device_type: str, requested: str | None) -> str:
     assert op in OPS, op

@@ -1,5 +1,9 @@
-"""Every test of the stages runs on each backend that this machine has."""
+"""Every test of the stages runs on each backend that this machine has.
 
+Without a GPU the Triton backend runs in Triton's interpreter: its kernels, on CPU tensors.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,12 +12,22 @@ import torch
 import moe_kernels as mk
 from moe_kernels.backends import BACKENDS
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WHY_NOT_TRITON = BACKENDS["triton"].why_not("expert_mlp", "cpu")
+
+if INTERPRETED and WHY_NOT_TRITON is None:
+    from .interpreter import install
+
+    install()
+
 
 def _backends() -> list[object]:
     params: list[object] = ["reference"]
-    reason = BACKENDS["cpu"].why_not("expert_mlp", "cpu")
-    marks = [] if reason is None else [pytest.mark.skip(reason=f"the cpu backend {reason}")]
-    return [*params, pytest.param("cpu", marks=marks)]
+    for name in ("cpu", "triton"):
+        reason = BACKENDS[name].why_not("expert_mlp", "cpu")
+        marks = [] if reason is None else [pytest.mark.skip(reason=f"the {name} backend {reason}")]
+        params.append(pytest.param(name, marks=marks))
+    return params
 
 
 @pytest.fixture(params=_backends(), autouse=True)
@@ -22,3 +36,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
     with mk.use_backend(request.param):
         yield request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("backend") != "triton":
+            continue
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            reason = "slow in the interpreter; test_triton_hypothesis.py runs a few examples"
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -145,8 +145,14 @@ CASES = {
 }
 
 
+# Found by reading the values, for which a GPU would have to be waited for.
+READ_ON_THE_HOST = ("gemm short offsets", "gemm falling offsets")
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_value_error_names_the_argument(name):
+def test_value_error_names_the_argument(name, backend):
+    if name in READ_ON_THE_HOST and backend == "triton":
+        pytest.skip("the Triton backend never reads a tensor on the host")
     call, words = CASES[name]
     with pytest.raises(ValueError, match=re.escape(words)):
         call()

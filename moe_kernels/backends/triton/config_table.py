@@ -17,8 +17,9 @@ class Config:
         block_m, block_n, block_k: tile of the result, and step along the summed dimension.
         num_warps, num_stages: compile options.
         group_m: row tiles that pass all column tiles together, to share them in L2.
-        persistent: as many programs as processors, each computing several tiles; with tensor
+        persistent: as many programs as run at once, each computing several tiles; with tensor
             descriptors where tensors allow them.
+        blocks: programs meant to run on a processor at once.
     """
 
     block_m: int
@@ -28,6 +29,7 @@ class Config:
     num_stages: int
     group_m: int = 8
     persistent: bool = False
+    blocks: int = 1
 
 
 # Mean rows an expert up to which a bucket applies; the last one has no end.
@@ -73,15 +75,15 @@ _SM_80 = {
     "weight_bwd": _by_bucket(Config(128, 128, 32, 8, 3), _MANY_80, _MANY_80),
 }
 
-_FEW_90 = Config(64, 128, 64, 4, 3, persistent=True)
-_SOME_90 = Config(64, 128, 64, 4, 4, persistent=True)
+_FEW_90 = Config(64, 128, 64, 4, 3, persistent=True, blocks=2)
+_SOME_90 = Config(64, 128, 64, 4, 4, persistent=True, blocks=2)
 _MANY_90 = Config(128, 256, 64, 8, 3, persistent=True)
 _HALF_90 = Config(128, 128, 64, 8, 3, persistent=True)
 _SM_90 = {
     "up_fwd": _by_bucket(_FEW_90, _SOME_90, _MANY_90),
     "up_fwd_gated": _by_bucket(
-        Config(64, 64, 64, 4, 3, persistent=True),
-        Config(64, 64, 64, 4, 4, persistent=True),
+        Config(64, 64, 64, 4, 3, persistent=True, blocks=3),
+        Config(64, 64, 64, 4, 4, persistent=True, blocks=2),
         _HALF_90,
     ),
     "rows_gemm": _by_bucket(_FEW_90, _SOME_90, _MANY_90),
@@ -92,13 +94,13 @@ _SM_90 = {
     ),
 }
 
-_FEW_100 = Config(64, 128, 64, 4, 4, persistent=True)
+_FEW_100 = Config(64, 128, 64, 4, 4, persistent=True, blocks=2)
 _SOME_100 = Config(128, 128, 64, 8, 4, persistent=True)
 _MANY_100 = Config(128, 256, 64, 8, 3, persistent=True)
 _SM_100 = {
     "up_fwd": _by_bucket(_FEW_100, _SOME_100, _SOME_100),
     "up_fwd_gated": _by_bucket(
-        Config(64, 64, 64, 4, 4, persistent=True),
+        Config(64, 64, 64, 4, 4, persistent=True, blocks=2),
         Config(128, 64, 64, 8, 4, persistent=True),
         Config(128, 128, 64, 8, 3, persistent=True),
     ),
@@ -110,14 +112,14 @@ _SM_100 = {
     ),
 }
 
-_FEW_120 = Config(16, 128, 64, 4, 3, persistent=True)
-_SOME_120 = Config(64, 128, 64, 4, 3, persistent=True)
+_FEW_120 = Config(16, 128, 64, 4, 3, persistent=True, blocks=2)
+_SOME_120 = Config(64, 128, 64, 4, 3, persistent=True, blocks=2)
 _MANY_120 = Config(128, 128, 32, 8, 4, persistent=True)
 _SM_120 = {
     "up_fwd": _by_bucket(_FEW_120, _SOME_120, _MANY_120),
     "up_fwd_gated": _by_bucket(
-        Config(16, 64, 64, 4, 3, persistent=True),
-        Config(64, 64, 64, 4, 3, persistent=True),
+        Config(16, 64, 64, 4, 3, persistent=True, blocks=2),
+        Config(64, 64, 64, 4, 3, persistent=True, blocks=2),
         Config(128, 64, 32, 8, 4, persistent=True),
     ),
     "rows_gemm": _by_bucket(_FEW_120, _SOME_120, _MANY_120),
@@ -168,3 +170,18 @@ FP32 = {
     )
     for family in SIXTEEN_BIT
 }
+
+# What ``warmup(..., tune=True)`` tries besides the shipped config. Those that do not fit a GPU's
+# shared memory are passed over.
+CANDIDATES = (
+    Config(64, 64, 64, 4, 4),
+    Config(64, 128, 32, 4, 4),
+    Config(64, 256, 64, 8, 3),
+    Config(128, 64, 64, 4, 4),
+    Config(128, 128, 32, 4, 4),
+    Config(128, 128, 64, 4, 3),
+    Config(128, 128, 64, 8, 4),
+    Config(128, 256, 64, 8, 3),
+    Config(128, 256, 64, 8, 4),
+    Config(256, 128, 64, 8, 3),
+)

@@ -6,8 +6,9 @@ tokens itself, so that no batch size compiles or tunes anything of its own.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,28 @@ from moe_kernels.backends.triton import tuning_cache
 from moe_kernels.backends.triton.config_table import BUCKETS, FAMILIES, FP32, SIXTEEN_BIT, Config
 from moe_kernels.backends.triton.launch import Target, block_size
 
+
+class Key(NamedTuple):
+    """What a config is chosen by."""
+
+    product: str
+    arch: str
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+    bucket: str
+
+
+@dataclass
+class Trial:
+    """Configs to use instead of the chosen ones, and the keys that were asked for meanwhile."""
+
+    configs: dict[Key, Config] = field(default_factory=dict)
+    seen: dict[Key, Config] = field(default_factory=dict)
+
+
 _forced: Config | None = None
+_trial: Trial | None = None
 
 
 def bucket_of(rows_per_expert: int) -> str:
@@ -57,28 +79,33 @@ def choose(
     if _forced is not None:
         return _forced
     bucket = bucket_of(rows_per_expert)
-    return _choose(product, target.arch, dtype, in_features, out_features, bucket)
+    key = Key(product, target.arch, dtype, in_features, out_features, bucket)
+    if _trial is None:
+        return _choose(key)
+    config = _trial.configs.get(key) or _choose(key)
+    _trial.seen[key] = config
+    return config
 
 
 @lru_cache(maxsize=4096)
-def _choose(
-    product: str, arch: str, dtype: torch.dtype, in_features: int, out_features: int, bucket: str
-) -> Config:
-    tuned = tuning_cache.find(product, arch, dtype, in_features, out_features, bucket)
-    if tuned is not None:
-        return tuned
-    config = shipped(arch, dtype)[product][bucket]
-    if product == "weight_bwd":
+def _choose(key: Key) -> Config:
+    return tuning_cache.find(*key) or fit(
+        shipped(key.arch, key.dtype)[key.product][key.bucket], key
+    )
+
+
+def fit(config: Config, key: Key) -> Config:
+    """The config with no tile wider than a narrow layer's matrix."""
+    if key.product == "weight_bwd":
         return replace(
             config,
-            block_m=block_size(in_features, largest=config.block_m),
-            block_n=block_size(out_features, largest=config.block_n),
+            block_m=block_size(key.in_features, largest=config.block_m),
+            block_n=block_size(key.out_features, largest=config.block_n),
         )
-    # Narrow layers: no tile wider than the matrix.
     return replace(
         config,
-        block_n=block_size(out_features, largest=config.block_n),
-        block_k=block_size(in_features, largest=config.block_k),
+        block_n=block_size(key.out_features, largest=config.block_n),
+        block_k=block_size(key.in_features, largest=config.block_k),
     )
 
 
@@ -97,6 +124,17 @@ def forced(config: Config) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+@contextlib.contextmanager
+def tried(configs: dict[Key, Config]) -> Iterator[Trial]:
+    """Use these configs for their keys; collects every key that is asked for."""
+    global _trial
+    previous, _trial = _trial, Trial(dict(configs))
+    try:
+        yield _trial
+    finally:
+        _trial = previous
 
 
 def precision(operand: Tensor, arch: str) -> str:

@@ -81,7 +81,7 @@ def launch_gemm(
     tiles *= triton.cdiv(shape.out_features, block_n)
     launch(
         kernel,
-        (min(tiles, target.processors) if config.persistent else tiles,),
+        (min(tiles, target.processors * config.blocks) if config.persistent else tiles,),
         *arguments(w_source, a_source),
         EXPERTS=shape.experts,
         EQUAL=shape.rows_per_expert > 0,
@@ -94,6 +94,7 @@ def launch_gemm(
         BLOCK_E=block_size(shape.experts),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        blocks=config.blocks,
         **constants,
     )
 

@@ -14,8 +14,16 @@ import torch
 import triton
 from torch import Tensor
 
+from moe_kernels.backends.triton import requirements
+
+requirements.check()  # before the kernels: an older Triton fails on them with less helpful words
+
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
 DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+# Given with every launch. Versions of Triton differ in the default: with fused multiply-adds an
+# epilogue needs fewer instructions, and without saying so results would change with the version.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Launch:
         args: arguments by name: tensors, numbers, tensor descriptors, ``None``.
         constants: ``tl.constexpr`` arguments by name.
         num_warps, num_stages: compile options.
+        blocks: programs meant to run on a processor at once.
     """
 
     kernel: Any
@@ -51,6 +60,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    blocks: int = 1
 
 
 @dataclass
@@ -102,6 +112,7 @@ def launch(
     *args: Any,
     num_warps: int = 4,
     num_stages: int = 1,
+    blocks: int = 1,
     **constants: Any,
 ) -> None:
     """Start ``kernel`` on the current stream of the first tensor's device; no program, no launch.
@@ -111,6 +122,7 @@ def launch(
         grid: programs in each dimension.
         args: its other arguments, in order; the first is a tensor.
         num_warps, num_stages: compile options.
+        blocks: programs meant to run on a processor at once; a compile check holds kernels to it.
         constants: its ``tl.constexpr`` arguments.
     """
     if 0 in grid:
@@ -118,11 +130,11 @@ def launch(
     if _recording is not None:
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True))
-        launch = Launch(kernel, grid, arguments, constants, num_warps, num_stages)
+        launch = Launch(kernel, grid, arguments, constants, num_warps, num_stages, blocks)
         _recording.launches.append(launch)
         return
     device = args[0].device
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants, **options)

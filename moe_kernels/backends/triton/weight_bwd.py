@@ -189,7 +189,7 @@ def bias_bwd(
         COLUMNS=columns,
         GATHER=token_indices is not None,
         EQUAL=rows_per_expert > 0,
-        BLOCK_R=64,
+        BLOCK_R=32,
         BLOCK_D=64,
         num_warps=4,
     )

@@ -1,0 +1,426 @@
+"""Routing kernels of the Triton backend in Triton's interpreter: selection exact, numbers accurate.
+
+Indices are compared with the reference's algorithm applied to the backend's own affinities, numbers
+and gradients with the reference in fp64, by the error of plain PyTorch in fp32. A program of the
+interpreter takes milliseconds, so inputs are small and loops are made to turn by smaller chunks.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import moe_kernels as mk
+from moe_kernels.backends import BACKENDS
+from moe_kernels.backends.reference.affinity import ranking_key
+from moe_kernels.backends.reference.token_choice import keep_best_groups
+from moe_kernels.testing import LOGIT_KINDS, assert_as_accurate, make_logits
+
+if (reason := BACKENDS["triton"].why_not("expert_choice", "cpu")) is not None:
+    pytest.skip(f"the triton backend {reason}", allow_module_level=True)
+
+from moe_kernels.backends.triton import expert_choice, expert_choice_long, route_losses
+
+INF, NAN = float("inf"), float("nan")
+AFFINITIES = ("softmax", "sigmoid", "identity")
+KINDS = (*LOGIT_KINDS, "duplicates")
+
+
+@pytest.fixture(autouse=True)
+def backend() -> Iterator[str]:
+    torch._dynamo.reset()
+    with mk.use_backend("triton"):
+        yield "triton"
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops over chunks of blocks, groups and pools turn several times on small inputs."""
+    monkeypatch.setattr(route_losses, "_SCAN_ROWS", 2)
+    monkeypatch.setattr(route_losses, "_rows", lambda columns: 2)
+    monkeypatch.setattr(expert_choice, "_CHUNK", 64)
+    monkeypatch.setattr(expert_choice_long, "CHUNK", 32)
+    monkeypatch.setattr(expert_choice_long, "_ROWS", 2)
+    monkeypatch.setattr(expert_choice_long, "_COUNTS", 2)
+
+
+@pytest.fixture
+def long_pools(monkeypatch: pytest.MonkeyPatch, small_chunks: None) -> None:
+    """Every pool is too long for one program."""
+    monkeypatch.setattr(expert_choice, "LONGEST_BLOCK", 0)
+
+
+def logits_of(kind: str, tokens: int, experts: int, seed: int = 0) -> Tensor:
+    if kind != "duplicates":
+        return make_logits(tokens, experts, kind, seed)
+    generator = torch.Generator().manual_seed(seed)
+    few = torch.randn(3, experts, generator=generator)
+    return few[torch.randint(3, (tokens,), generator=generator)]
+
+
+def broken_logits(tokens: int, experts: int, seed: int) -> Tensor:
+    """Normal logits with NaN and infinities strewn in, and a few rows of nothing else."""
+    logits = make_logits(tokens, experts, "normal", seed)
+    generator = torch.Generator().manual_seed(seed)
+    for value in (NAN, INF, -INF):
+        logits[torch.rand(tokens, experts, generator=generator) < 0.08] = value
+        logits[torch.randint(tokens, (1,), generator=generator)] = value
+    return logits
+
+
+def best_first(key: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest of the last dimension, equal ones by rising index."""
+    return torch.sort(ranking_key(key), dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def check_rows(plan: mk.RoutingPlan, chosen: Tensor) -> None:
+    """Compare every index of a plan with the (T, E) 0/1 selection it has to describe."""
+    plan.validate()
+    parts, groups = plan.packed_indices, plan.num_groups
+    by_group = chosen.view(groups, -1, plan.num_experts)
+    assert torch.equal(parts.group_counts.long(), by_group.sum(1).flatten())
+    assert torch.equal(plan.tokens_per_expert.long(), chosen.sum(0))
+    row_of = torch.full(chosen.shape, -1)
+    row_of[plan.token_indices.long(), plan.expert_of_row.long()] = torch.arange(plan.num_rows)
+    assert torch.equal(row_of >= 0, chosen)
+    assert torch.equal(plan.row_indices.long(), row_of[chosen])
+    assert torch.equal(parts.row_experts.long(), chosen.nonzero()[:, 1])
+    held = torch.bincount(chosen.sum(1), minlength=plan.num_experts + 1)
+    assert torch.equal(parts.histogram.long(), held)
+    weights = plan.router_probs[plan.token_indices.long(), plan.expert_of_row.long()]
+    assert_same(plan.routing_weights, weights)
+
+
+def check_expert_choice(
+    logits: Tensor, capacity: int, groups: int, affinity: str
+) -> mk.RoutingPlan:
+    plan = mk.expert_choice(
+        logits, capacity=capacity, num_groups=groups, affinity=affinity, check_finite=False
+    )
+    tokens, experts = logits.shape
+    key = plan.router_probs.view(groups, -1, experts).transpose(1, 2)
+    chosen = torch.zeros(groups, experts, tokens // groups, dtype=torch.bool)
+    chosen = chosen.scatter(2, best_first(key, capacity), True)
+    check_rows(plan, chosen.transpose(1, 2).reshape(tokens, experts))
+    return plan
+
+
+def check_token_choice(
+    logits: Tensor, top_k: int, affinity: str, groups: int, options: dict[str, Any]
+) -> mk.RoutingPlan:
+    plan = mk.token_choice(
+        logits, top_k, affinity=affinity, num_groups=groups, check_finite=False, **options
+    )
+    key = ranking_key(plan.router_probs)
+    if "selection_bias" in options:
+        key = key + options["selection_bias"]
+    if "top_k_groups" in options:
+        key = keep_best_groups(key, options["num_expert_groups"], options["top_k_groups"])
+    best = best_first(key, top_k)
+    assert plan.expert_indices is not None
+    assert torch.equal(plan.expert_indices.long(), best)
+    check_rows(plan, torch.zeros(logits.shape, dtype=torch.bool).scatter(1, best, True))
+    return plan
+
+
+POOLS = [  # group size, experts, groups, capacity
+    (1, 1, 1, 1),
+    (1, 3, 2, 1),
+    (37, 1, 1, 5),
+    (50, 3, 2, 50),
+    (129, 2, 1, 20),
+    (66, 6, 2, 9),
+]
+CHOICES = [(kind, "softmax") for kind in KINDS]
+CHOICES += [("ties", "sigmoid"), ("extreme", "sigmoid"), ("normal", "identity")]
+
+
+@pytest.mark.parametrize(("size", "experts", "groups", "capacity"), POOLS)
+@pytest.mark.parametrize(("kind", "affinity"), CHOICES)
+def test_expert_choice_takes_the_best(
+    size, experts, groups, capacity, kind, affinity, small_chunks
+):
+    check_expert_choice(logits_of(kind, groups * size, experts), capacity, groups, affinity)
+
+
+@pytest.mark.parametrize(("size", "experts", "groups", "capacity"), POOLS)
+@pytest.mark.parametrize("kind", ["ties", "extreme"])
+def test_expert_choice_from_pools_of_many_blocks(
+    size, experts, groups, capacity, kind, long_pools, monkeypatch
+):
+    logits = logits_of(kind, groups * size, experts)
+    plan = check_expert_choice(logits, capacity, groups, "softmax")
+    monkeypatch.undo()  # in one block
+    options = {"capacity": capacity, "num_groups": groups}
+    same = mk.expert_choice(logits, **options)
+    assert plan.fused is not None
+    assert same.fused is not None
+    assert torch.equal(plan.fused.packed, same.fused.packed)
+    assert torch.equal(plan.routing_weights, same.routing_weights)
+
+
+def test_counts_of_the_longest_block_fit_where_they_are_packed():
+    size = expert_choice.LONGEST_BLOCK
+    check_expert_choice(torch.zeros(size, 1), size, 1, "sigmoid")
+
+
+def token_choice_cases() -> Iterator[tuple[int, int, dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(5)
+    for experts in (1, 3, 17, 130):
+        for top_k in sorted({1, min(experts, 5)}):
+            yield experts, top_k, {}
+    yield 5, 5, {}
+    for experts, groups, kept, top_k in ((64, 8, 3, 6), (130, 13, 2, 8), (6, 6, 2, 2)):
+        options = {"num_expert_groups": groups, "top_k_groups": kept}
+        yield experts, top_k, options
+        bias = torch.randn(experts, generator=generator) * 0.2
+        yield experts, top_k, {**options, "selection_bias": bias}
+        yield experts, top_k, {"selection_bias": bias}
+
+
+@pytest.mark.parametrize(("kind", "affinity"), [c for c in CHOICES if c[1] != "identity"])
+def test_token_choice_takes_the_best(kind, affinity, small_chunks):
+    for experts, top_k, options in token_choice_cases():
+        check_token_choice(logits_of(kind, 20, experts, 3), top_k, affinity, 1, options)
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (3, 3), (130, 1), (390, 3)])
+def test_token_choice_over_several_blocks_and_groups(tokens, groups, small_chunks):
+    # 130 tokens are 5 blocks, more than the scan of a group takes at a time
+    check_token_choice(logits_of("ties", tokens, 40), 2, "softmax", groups, {})
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+def test_non_finite_logits_are_ranked_as_by_the_reference(affinity, small_chunks):
+    logits = broken_logits(60, 5, seed=1)
+    options = {"affinity": affinity, "check_finite": False}
+    for capacity in (11, 30):
+        plan = check_expert_choice(logits, capacity, 2, affinity)
+        choice = {"capacity": capacity, "num_groups": 2, **options}
+        same = mk.expert_choice(logits, backend="reference", **choice)
+        assert torch.equal(plan.token_indices, same.token_indices)
+        assert torch.equal(plan.routing_weights.isnan(), same.routing_weights.isnan())
+    if affinity == "identity":
+        return
+    for top_k in (1, 2, 5):
+        plan = check_token_choice(logits, top_k, affinity, 1, {})
+        same = mk.token_choice(logits, top_k, backend="reference", **options)
+        assert torch.equal(plan.expert_indices, same.expert_indices)
+        assert torch.equal(plan.routing_weights.isnan(), same.routing_weights.isnan())
+    groups = {"num_expert_groups": 5, "top_k_groups": 3}
+    check_token_choice(logits, 2, affinity, 1, groups)
+
+
+def test_infinite_logits_and_both_zeros_rank_as_floats(long_pools, monkeypatch):
+    values = [0.0, -0.0, INF, -INF, NAN, 1e-45, -1e-45, 3e38, -3e38, -0.0, 0.0, NAN]
+    logits = torch.tensor(values).unsqueeze(1)
+    for capacity in (1, 4, 6, 8, 11):
+        check_expert_choice(logits, capacity, 1, "identity")
+    monkeypatch.undo()
+    for capacity in range(1, len(values) + 1):
+        check_expert_choice(logits, capacity, 1, "identity")
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("route", ["token_choice", "expert_choice"])
+def test_non_finite_logits_are_refused_like_by_the_reference(value, route):
+    logits = make_logits(70, 3)
+    logits[37, 1] = value
+    with pytest.raises(ValueError, match=r"1 non-finite of 210 values, the first .* \(37, 1\)"):
+        getattr(mk, route)(logits)
+
+
+ROUTES: dict[str, Any] = {
+    "token_choice": lambda logits, **options: mk.token_choice(
+        logits, 3, num_groups=2, affinity="softmax", **options
+    ),
+    "sigmoid": lambda logits, **options: mk.token_choice(
+        logits, 2, num_groups=2, affinity="sigmoid", **options
+    ),
+    "expert_choice": lambda logits, **options: mk.expert_choice(logits, num_groups=2, **options),
+    "sigmoid_choice": lambda logits, **options: mk.expert_choice(
+        logits, affinity="sigmoid", num_groups=2, **options
+    ),
+    "identity": lambda logits, **options: mk.expert_choice(
+        logits, affinity="identity", num_groups=2, **options
+    ),
+}
+RESULTS: dict[str, Any] = {
+    "balance": mk.load_balance_loss,
+    "per_sequence": lambda plan, **o: mk.load_balance_loss(plan, per_sequence=True, **o),
+    "counts": lambda plan, **o: mk.load_balance_loss(
+        plan, tokens_per_expert=plan.tokens_per_expert.flip(0) + 3, **o
+    ),
+    "z": mk.router_z_loss,
+    "similarity": mk.router_similarity_loss,
+    "mean_prob": lambda plan: plan.stats.mean_prob,
+    "entropy": lambda plan: plan.stats.entropy,
+    "unrouted": lambda plan: (plan.stats.unrouted_fraction * plan.num_tokens).round().int(),
+    "weights": lambda plan: plan.routing_weights,
+    "probs": lambda plan: plan.router_probs,
+}
+PER_TOKEN = {"normalize": "per_token", "scale": 2.5}
+
+
+def upstream_of(value: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, value.numel()).cos().to(value).view_as(value)
+
+
+def results(route: Any, logits: Tensor, name: str, options: dict[str, Any]) -> list[Tensor]:
+    """The token of each row; then every result and its gradient."""
+    leaf = logits.clone().requires_grad_()
+    with mk.use_backend(name):
+        plan = route(leaf, **options)
+        found = [plan.token_indices]
+        for result in RESULTS.values():
+            value = result(plan)
+            found.append(value)
+            if value.requires_grad:  # only this one output of the routing op has a gradient
+                found += torch.autograd.grad(value, leaf, upstream_of(value), retain_graph=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("route", "options"),
+    [
+        (route, options)
+        for route in ROUTES
+        for options in ({}, PER_TOKEN)
+        if route != "identity" or options is not PER_TOKEN  # these are not normalised
+    ],
+    ids=str,
+)
+def test_weights_losses_and_gradients_equal_the_reference(route, options, small_chunks):
+    tokens = 270  # groups of two blocks, the second one short
+    logits = make_logits(tokens, 6)
+    cases = [("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
+    found = [results(ROUTES[route], logits.to(dtype), name, options) for name, dtype in cases]
+    assert len(found[0]) == 1 + len(RESULTS) + 7  # seven results have a gradient
+    for actual, plain, exact in zip(*found, strict=True):
+        if not exact.is_floating_point():
+            assert torch.equal(actual, exact)
+        elif float(exact.detach().abs().max()) < 1e-16:
+            # Equal counts: terms of about 1 / T cancel, and the balance loss has no gradient.
+            assert float(actual.detach().abs().max()) < 2e-6 / tokens
+        else:
+            assert_as_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 20, 70])
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
+def test_all_results_together_at_other_numbers_of_experts(router, experts):
+    logits = make_logits(24, experts)
+
+    def run(name: str, dtype: torch.dtype) -> list[Tensor]:
+        leaf = logits.to(dtype).requires_grad_()
+        with mk.use_backend(name):
+            if router == "token_choice":
+                plan = mk.token_choice(leaf, min(experts, 3), num_groups=2, **PER_TOKEN)
+            else:
+                plan = mk.expert_choice(leaf, min(experts, 2), **PER_TOKEN)
+            values = [result(plan) for result in RESULTS.values()]
+            values = [value for value in values if value.requires_grad]
+            gradient = torch.autograd.grad(values, leaf, [upstream_of(value) for value in values])
+        return [*values, *gradient]
+
+    found = [run("triton", torch.float32), run("reference", torch.float32)]
+    for actual, plain, exact in zip(*found, run("reference", torch.float64), strict=True):
+        assert_as_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_tokens(route):
+    logits = torch.empty(0, 6, requires_grad=True)
+    plan = ROUTES[route](logits).validate()
+    for name in ("balance", "per_sequence", "z", "similarity", "mean_prob"):
+        value = RESULTS[name](plan)
+        assert torch.equal(value, torch.zeros_like(value)), name
+    (gradient,) = torch.autograd.grad(plan.routing_weights.sum(), logits)
+    assert gradient.shape == (0, 6)
+    assert plan.router_probs.shape == (0, 6)
+    assert plan.stats.experts_per_token_histogram.sum() == 0
+
+
+def test_logits_need_not_be_contiguous():
+    wide = make_logits(50, 12)
+    for route in ROUTES.values():
+        plan, same = route(wide[:, ::2]), route(wide[:, ::2].contiguous())
+        assert torch.equal(plan.token_indices, same.token_indices)
+        assert torch.equal(plan.routing_weights, same.routing_weights)
+
+
+@pytest.mark.parametrize("route", ["token_choice", "expert_choice"])
+def test_two_runs_have_the_same_bits(route):
+    logits = make_logits(270, 6)
+    first, second = (results(ROUTES[route], logits, "triton", {}) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("affinity", ["softmax", "sigmoid"])
+def test_a_token_is_routed_alike_wherever_it_lies(affinity):
+    logits = make_logits(140, 6)
+    moved = logits.flip(0)
+    plan = mk.token_choice(logits, 3, affinity=affinity)
+    other = mk.token_choice(moved, 3, affinity=affinity)
+    assert plan.expert_indices is not None
+    assert other.expert_indices is not None
+    assert torch.equal(plan.expert_indices, other.expert_indices.flip(0))
+    assert torch.equal(plan.router_probs, other.router_probs.flip(0))
+
+
+def op_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    tokens, experts = 24, 4
+    logits = make_logits(tokens, experts).requires_grad_()
+    plain = logits.detach()
+    bias = torch.randn(experts) * 0.1
+    yield "token_choice", (logits, None, 2, "softmax", False, 1.0, 1, 1, 2, True)
+    yield "token_choice", (logits, bias, 2, "sigmoid", True, 2.5, 2, 1, 1, False)
+    yield "expert_choice", (logits, 5, "softmax", False, 1.0, 2, True)
+    yield "expert_choice", (logits, 5, "sigmoid", True, 2.5, 1, False)
+    yield "affinity", (logits, "softmax")
+    ops = torch.ops.moe_kernels
+    weights, *_, packed = ops.expert_choice.triton(plain, 5, "softmax", True, 1.5, 2, True)
+    scalar = torch.randn(())
+    upstream = (torch.randn_like(weights), scalar, scalar, torch.randn(2 + experts))
+    settings = (weights.shape[0], 2, "softmax", True, 1.5)
+    for used in (upstream, (upstream[0], None, None, None), (None, scalar, None, None)):
+        yield "route_bwd", (plain, packed, *used, *settings)
+    plan = mk.token_choice(plain, 2)
+    pairs = (plan.packed_indices.row_experts.clone(), plan.row_offsets.clone())
+    yield "similarity", (logits, *pairs)
+    yield "similarity_bwd", (plain, ops.similarity.triton(plain, *pairs)[1], scalar)
+
+
+def test_opcheck():
+    seen = set()
+    for name, args in op_samples():
+        opcheck(getattr(torch.ops.moe_kernels, name).triton, args)
+        seen.add(name)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("route", ["token_choice", "expert_choice"])
+def test_compiles_to_one_graph(route, dynamic):
+    def loss(logits: Tensor) -> tuple[Tensor, Tensor]:
+        plan = ROUTES[route](logits, **PER_TOKEN)
+        losses = mk.load_balance_loss(plan) + mk.router_z_loss(plan)
+        return plan.token_indices, plan.routing_weights.square().sum() + losses
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (40, 60) if dynamic else (40,):
+        found = []
+        for function in (compiled, loss):
+            logits = make_logits(tokens, 6).requires_grad_()
+            indices, value = function(logits)
+            found.append((indices, value, *torch.autograd.grad(value, logits)))
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected)
