@@ -23,7 +23,7 @@ REBUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 # What follows in a recipe runs on another build; the usual one comes back also when that fails.
 AND_RESTORE := trap '$(REBUILD)' EXIT; trap 'exit 130' INT TERM;
 
-.PHONY: train test test-reference test-sanitize lint format help clean
+.PHONY: train test test-reference test-sanitize gpu-check lint format help clean
 
 help:
 	@echo "make train    install, train EC-DiT on real digits, sample, evaluate  (ARGS=...)"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-reference  the suite without the C++ module                  (TESTS=...)"
 	@echo "make test-sanitize   tests/moe_kernels on a module that checks memory accesses and"
 	@echo "                     undefined behaviour; wants GCC                    (TESTS=...)"
+	@echo "make gpu-check  tests and benchmarks that need a CUDA GPU, under 8 minutes (ARGS=...)"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make format   ruff and clang-format, in place"
 	@echo "make clean    remove the environment and caches; runs are kept"
@@ -53,6 +54,9 @@ test-sanitize: $(VENV)/.installed-dev
 	  env LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
 	  $(BIN)/python -m pytest --capture=sys $(or $(TESTS),tests/moe_kernels)
+
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -53,10 +53,12 @@ def evaluate(run: Run, inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
     return results
 
 
-def truth(stage: Stage, inputs: Inputs) -> dict[str, Tensor]:
-    """The same from the stage's plain formulation in fp64."""
-    leaves = {name: value.double().requires_grad_() for name, value in inputs.leaves.items()}
-    upstream = {name: value.double() for name, value in inputs.upstream.items()}
+def truth(
+    stage: Stage, inputs: Inputs, precision: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """The same from the stage's plain formulation in fp64, or fp32 where memory wants it."""
+    leaves = {name: value.to(precision).requires_grad_() for name, value in inputs.leaves.items()}
+    upstream = {name: value.to(precision) for name, value in inputs.upstream.items()}
     outputs = stage.expected(replace(inputs, leaves=leaves, upstream=upstream))
     results = {name: value.detach() for name, value in outputs.items()}
     if leaves:
@@ -102,7 +104,13 @@ def judge(
     exact = truth(stage, inputs)
     verdicts: dict[str, Verdict] = {}
     for name, run in runs.items():
-        verdicts[name] = _verdict(stage.providers[name], run, inputs, exact, CEILING[dtype])
+        verdicts[name] = compare(stage.providers[name], run, inputs, exact, CEILING[dtype])
+    hold_ours_to_plain(stage, verdicts, dtype)
+    return verdicts
+
+
+def hold_ours_to_plain(stage: Stage, verdicts: dict[str, Verdict], dtype: torch.dtype) -> None:
+    """Ours may err twice as much as the least accurate correct plain provider."""
     plain = [
         verdict.errors
         for name, verdict in verdicts.items()
@@ -111,12 +119,12 @@ def judge(
     for name, verdict in verdicts.items():
         if stage.providers[name].kind == "ours" and verdict.status == "ok" and plain:
             _hold_to(verdict, plain, ERROR_FLOOR[dtype])
-    return verdicts
 
 
-def _verdict(
+def compare(
     provider: Provider, run: Run | str, inputs: Inputs, exact: dict[str, Tensor], ceiling: float
 ) -> Verdict:
+    """What one provider computes against the truth, every error below ``ceiling``."""
     # Ours has to run; an alternative that cannot (no compiler, a restriction) is left out.
     cannot = "wrong" if provider.kind == "ours" else "skipped"
     if isinstance(run, str):
@@ -126,6 +134,8 @@ def _verdict(
         results = evaluate(run, inputs, gradients)
         with torch.no_grad():
             run.call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # an error of a kernel shows here and not at the next provider
     except Exception as error:
         return Verdict(cannot, reason=first_line(error))
     if provider.kind == "limit":

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 MODES = ("forward", "backward", "both")
+CPU = torch.device("cpu")
 
 Shape = Mapping[str, Any]
 
@@ -41,6 +42,31 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class FigureGoal:
+    """What is wanted of a measured figure itself, on a GPU.
+
+    Attributes:
+        figure: its name, see ``benchmarks.gpu.figures``.
+        at_least, at_most: wanted value; exactly one of the two is given.
+    """
+
+    figure: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Say whether a measured value reaches the goal."""
+        if self.at_least is not None:
+            return value >= self.at_least
+        assert self.at_most is not None
+        return value <= self.at_most
+
+    def words(self) -> str:
+        """``>= 400`` or ``<= 8``."""
+        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
+
+@dataclass(frozen=True)
 class Entry:
     """One row of the suite, as data.
 
@@ -54,6 +80,7 @@ class Entry:
         goals: ratios wanted on an idle machine.
         dtype: of the tokens and weights; routing is in fp32 in every provider.
         memory: providers whose peak memory is measured.
+        figures: wanted figures of a GPU.
     """
 
     name: str
@@ -65,6 +92,7 @@ class Entry:
     goals: tuple[Goal, ...] = ()
     dtype: str = "float32"
     memory: tuple[str, ...] = ()
+    figures: tuple[FigureGoal, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -141,18 +169,26 @@ class Cost:
     bytes: float
 
 
+class InputMaker(Protocol):
+    """Shape, dtype and device to ``Inputs``; other seeds give other random numbers."""
+
+    def __call__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+    ) -> Inputs: ...
+
+
 @dataclass(frozen=True)
 class Stage:
     """How to make inputs, the truth and the providers of one kind of entry.
 
     Attributes:
-        make_inputs: shape and dtype to ``Inputs``.
+        make_inputs: shape, dtype, device and seed to ``Inputs``.
         expected: outputs by name from fp64 inputs, as slow and plain as possible.
         providers: by name.
         cost: shape, bytes per element and mode to ``Cost``.
     """
 
-    make_inputs: Callable[[Shape, torch.dtype], Inputs]
+    make_inputs: InputMaker
     expected: Callable[[Inputs], dict[str, Tensor]]
     providers: dict[str, Provider]
     cost: Callable[[Shape, int, str], Cost]

@@ -14,27 +14,35 @@ import numpy as np
 import torch
 
 import moe_kernels as mk
+from benchmarks.entry import CPU
+from benchmarks.gpu import hardware
 from moe_kernels.backends import OPS, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "avx512f", "amx_bf16")
 
 
-def served_by(op: str) -> str:
-    """Module of the function that serves an op on the CPU now."""
-    return resolve(op, torch.device("cpu")).__module__
+def served_by(op: str, device: torch.device = CPU) -> str:
+    """Module of the function that serves an op on a device now."""
+    serves = resolve(op, device)
+    backend = getattr(getattr(serves, "__self__", None), "backend", None)  # shared by backends
+    return serves.__module__ if backend is None else f"moe_kernels.backends.{backend}"
 
 
-def describe(arguments: Sequence[str]) -> dict[str, Any]:
+def describe(
+    arguments: Sequence[str], device: torch.device = CPU, module: str = "benchmarks.run"
+) -> dict[str, Any]:
     """Everything that a reader needs to judge or repeat the numbers.
 
     Args:
         arguments: of the command.
+        device: that is measured.
+        module: of the command.
     """
     model, flags = _cpu()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *arguments]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "isa": {flag: flag in flags for flag in ISA_FLAGS},
@@ -46,8 +54,9 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
         "numpy": np.__version__,
         "blas": _blas(),
         "moe_kernels": mk.__version__,
-        "served_by": {op: served_by(op) for op in OPS},
+        "served_by": {op: served_by(op, device) for op in OPS},
         **_git(),
+        **({"device": hardware.describe(device)} if device.type == "cuda" else {}),
     }
 
 

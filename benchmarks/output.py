@@ -26,8 +26,13 @@ def claim(folder: Path, force: bool) -> Path:
 def write(folder: Path, document: dict[str, Any], indent: int | None = 1) -> Path:
     """Write ``results.json``; without indent it is written faster."""
     path = folder / "results.json"
-    write_text(path, json.dumps(document, indent=indent) + "\n")
+    write_text(path, text(document, indent))
     return path
+
+
+def text(document: dict[str, Any], indent: int | None = 1) -> str:
+    """A document as the file holds it."""
+    return json.dumps(document, indent=indent) + "\n"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from benchmarks.table import group_of
 from dit_models.extras import require
 
 
-def draw(folder: Path, results: list[dict[str, Any]]) -> list[Path]:
-    """Write ``<group>.png`` for every group that was timed.
+def draw(folder: Path, results: list[dict[str, Any]], prefix: str = "") -> list[Path]:
+    """Write ``<prefix><group>.png`` for every group that was timed.
 
     Raises:
         ImportError: without matplotlib; names the extra that installs it.
@@ -19,7 +19,9 @@ def draw(folder: Path, results: list[dict[str, Any]]) -> list[Path]:
     for result in results:
         if result["modes"]:
             groups.setdefault(group_of(result), []).append(result)
-    return [_figure(folder / f"{group}.png", group, found) for group, found in groups.items()]
+    return [
+        _figure(folder / f"{prefix}{group}.png", group, found) for group, found in groups.items()
+    ]
 
 
 def _figure(path: Path, title: str, results: list[dict[str, Any]]) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks.entry import MODES, Entry, Goal, Shape
+from benchmarks.registry_gpu import GPU_ENTRIES
 
 ROUTE_MODES = ("forward", "backward")
 
@@ -176,7 +177,7 @@ def _stages(*prefixes: str) -> tuple[Entry, ...]:
 
 def _tiny(entry: Entry) -> Entry:
     """The entry at its tiny shape, where neither goals nor memory mean anything."""
-    return replace(entry, shape=entry.tiny, goals=(), memory=())
+    return replace(entry, shape=entry.tiny, goals=(), memory=(), figures=())
 
 
 SUITES: dict[str, tuple[Entry, ...]] = {
@@ -184,6 +185,8 @@ SUITES: dict[str, tuple[Entry, ...]] = {
     "router": _stages("token_choice/", "expert_choice/"),
     "layer": _stages("dit_moe_layer/", "ec_layer/"),
     "smoke": tuple(_tiny(entry) for entry in ENTRIES),
+    "gpu": GPU_ENTRIES,
+    "gpu-smoke": tuple(_tiny(entry) for entry in GPU_ENTRIES),
 }
 
 
@@ -193,7 +196,7 @@ def find_entry(name: str) -> Entry:
     Raises:
         ValueError: when there is none.
     """
-    for entry in ENTRIES:
+    for entry in (*ENTRIES, *GPU_ENTRIES):
         if entry.name == name:
             return entry
     raise ValueError(f"entry is {name!r}; python -m benchmarks.run --list prints the names.")

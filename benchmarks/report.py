@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import output, table
+from benchmarks.gpu import table as gpu_table
 from benchmarks.ratios import quantile
 from benchmarks.stages import STAGES
 from dit_models.atomic import write_text
@@ -26,6 +27,8 @@ def markdown(document: dict[str, Any]) -> str:
     for group in dict.fromkeys(table.group_of(result) for result in results):
         lines += [*_group([result for result in results if table.group_of(result) == group]), ""]
     lines += ["## Goals", "", *_goals(results), ""]
+    if any(map(gpu_table.is_gpu, results)):
+        lines += [*_gpu_sections(document), ""]
     slower = table.slower_lines(results)
     lines += ["## Where it is slower", "", "A plain alternative beats ours by more than 3 %:", ""]
     lines += [f"- {line}" for line in slower] if slower else ["Nowhere in this run."]
@@ -53,10 +56,14 @@ def _group(results: list[dict[str, Any]]) -> Iterator[str]:
         for name in result["providers"]
     )
     yield ""
-    yield "| " + " | ".join(table.COLUMNS) + " |"
-    yield "|" + "---|" * len(table.COLUMNS)
+    on_gpu = gpu_table.is_gpu(results[0])
+    if on_gpu:
+        yield from (gpu_table.LEGEND, "")
+    columns = gpu_table.COLUMNS if on_gpu else table.COLUMNS
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
     for result in results:
-        for row in table.rows(result):
+        for row in gpu_table.rows(result) if on_gpu else table.rows(result):
             yield "| " + " | ".join(_cell(cell) for cell in row) + " |"
 
 
@@ -74,6 +81,19 @@ def _goals(results: list[dict[str, Any]]) -> Iterator[str]:
         word = "met" if goal["met"] else "**missed**"
         measured = f"{goal['mode']} | {goal['against']} | {goal['wanted']} | {goal['ratio']:.2f}x"
         yield f"| {name} | {measured} | {word} |"
+
+
+def _gpu_sections(document: dict[str, Any]) -> Iterator[str]:
+    """Figures of a GPU, what was not measured, and the first calls."""
+    yield "| entry | figure | wanted | measured | |"
+    yield "|---|---|---|---|---|"
+    for row in gpu_table.goal_rows(document["entries"]):
+        yield "| " + " | ".join(map(_cell, row)) + " |"
+    for item in document.get("not_measured", []):
+        yield f"- not measured: {item['name']} ({_cell(item['reason'])})"
+    for name, found in document.get("first_call", {}).items():
+        words = ", ".join(f"{key} {value:.1f}" for key, value in found.items())
+        yield f"- first call of {name}, with empty caches: {words}"
 
 
 def _cell(text: str) -> str:

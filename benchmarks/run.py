@@ -18,8 +18,10 @@ import torch
 
 from benchmarks import output, plots, report, table
 from benchmarks.busy import busy
-from benchmarks.entry import MODES, Entry
+from benchmarks.entry import CPU, MODES, Entry
 from benchmarks.environment import describe
+from benchmarks.gpu import runner as gpu_runner
+from benchmarks.gpu import table as gpu_table
 from benchmarks.registry import SUITES
 from benchmarks.runner import Settings, failed, run_entry
 from dit_models.atomic import write_text
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             print("\n".join(_listed(entry) for entry in entries))
             return 0
+        device = choose_device(options.device, options.suite)
         folder = output.claim(options.out or _default_folder(options.suite), options.force)
         if not options.no_plots and importlib.util.find_spec("matplotlib") is None:
             raise ValueError(
@@ -51,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory=not options.no_memory,
     )
     document: dict[str, Any] = {
-        "environment": describe(sys.argv[1:] if arguments is None else arguments),
+        "environment": describe(sys.argv[1:] if arguments is None else arguments, device),
         "settings": {"suite": options.suite, "busy": options.busy, **asdict(settings)},
         "complete": False,
         "entries": [],
     }
     _print_header(document)
     with busy(options.busy):
-        document["complete"] = _run(entries, settings, folder, document)
+        document["complete"] = _run(entries, settings, folder, document, device)
     _finish(folder, document, draw=not options.no_plots)
     wrong = [result["name"] for result in document["entries"] if failed(result)]
     if wrong:
@@ -81,14 +84,42 @@ def select(suite: str, pattern: str) -> list[Entry]:
     return entries
 
 
-def _run(entries: list[Entry], settings: Settings, folder: Path, document: dict[str, Any]) -> bool:
+def choose_device(name: str, suite: str) -> torch.device:
+    """The device of a run; ``auto`` is CUDA for suite ``gpu`` and the CPU for the others.
+
+    Raises:
+        ValueError: when CUDA is asked for and there is none.
+    """
+    wanted = ("cuda" if suite == "gpu" else "cpu") if name == "auto" else name
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--suite {suite} --device {name} needs a CUDA GPU; torch {torch.__version__} sees none"
+        )
+    # With its index, as tensors have it.
+    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else CPU
+
+
+def _run(
+    entries: list[Entry],
+    settings: Settings,
+    folder: Path,
+    document: dict[str, Any],
+    device: torch.device,
+) -> bool:
     """Add results to the document, and to its file, as they come; False when interrupted."""
-    print(table.line(table.COLUMNS))
+    # The GPU's suite is measured in the GPU's way also where its tiny shapes run on a CPU.
+    on_gpu = device.type == "cuda" or document["settings"]["suite"].startswith("gpu")
+    bench = gpu_runner.Bench.on(device, settings) if on_gpu else None
+    print(gpu_table.line(gpu_table.COLUMNS) if on_gpu else table.line(table.COLUMNS))
     try:
         for entry in entries:
-            document["entries"].append(run_entry(entry, settings))
-            for row in table.rows(document["entries"][-1]):
-                print(table.line(row), flush=True)
+            if bench is None:
+                document["entries"].append(run_entry(entry, settings))
+                lines = [table.line(row) for row in table.rows(document["entries"][-1])]
+            else:
+                document["entries"].append(gpu_runner.run_entry(entry, bench))
+                lines = [gpu_table.line(row) for row in gpu_table.rows(document["entries"][-1])]
+            print("\n".join(lines), flush=True)
             output.write(folder, document, indent=None)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept")
@@ -118,7 +149,11 @@ def _print_header(document: dict[str, Any]) -> None:
     modules = header["served_by"].values()
     backends = ", ".join(sorted({".".join(module.split(".")[:3]) for module in modules}))
     print(f"{header['cpu']}, {header['cores']} cores, {header['threads']} threads")
-    print(f"torch {header['torch']}, {header['blas']}; ours is served by {backends}\n")
+    print(f"torch {header['torch']}, {header['blas']}; ours is served by {backends}")
+    device = header.get("device", {})
+    if device:
+        print(f"{device['gpu']}, driver {device.get('driver')}, Triton {device['triton']}")
+    print()
 
 
 def _listed(entry: Entry) -> str:
@@ -145,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=Settings.seconds, help="for each entry and mode"
     )
     parser.add_argument("--threads", type=int, default=0, help="0: as PyTorch chooses")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("cpu", "cuda", "auto"),
+        help="auto: CUDA for suite gpu, the CPU for the others",
+    )
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="busy neighbours")
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--force", action="store_true", help="replace results in the folder")

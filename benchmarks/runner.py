@@ -52,7 +52,7 @@ def run_entry(entry: Entry, settings: Settings) -> dict[str, Any]:
             result["modes"][mode] = _time(entry, stage, inputs, runs, verdicts, mode, settings)
         if settings.memory:
             result["memory"] = _memory(entry, verdicts)
-        _weigh(entry, stage, result)
+        weigh(entry, stage, result)
     return result
 
 
@@ -105,7 +105,7 @@ def _memory(entry: Entry, verdicts: dict[str, Verdict]) -> dict[str, Any]:
     }
 
 
-def _weigh(entry: Entry, stage: Stage, result: dict[str, Any]) -> None:
+def weigh(entry: Entry, stage: Stage, result: dict[str, Any]) -> None:
     """Fill in which goals are met and which alternatives are faster than ours."""
     for goal in entry.goals:
         ratio = _ratio(result, goal.mode, goal.against)

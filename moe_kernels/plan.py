@@ -109,7 +109,8 @@ class RoutingPlan:
     def packed_indices(self) -> PlanIndices:
         """The parts of ``fused.packed``."""
         assert self.fused is not None
-        return _cut(self.fused.packed, **self.__dict__)
+        sizes = (self.num_tokens, self.num_experts, self.num_groups, self.num_rows)
+        return unpack(self.fused.packed, packed_sizes(*sizes, self.top_k or 0))
 
     @property
     def router_probs(self) -> Tensor:

@@ -264,12 +264,13 @@ def kept_by_ours(layer: Layer, itemsize: int = 2) -> int:
     return itemsize * (_tokens(layer) + _h(layer)) + INDEX * small
 
 
-def kept_by_eager(layer: Layer, itemsize: int = 2) -> int:
+def kept_by_eager(layer: Layer, itemsize: int = 2, fused_activation: bool = False) -> int:
     """The same for PyTorch's operations one after the other, without waste.
 
     Gathered rows (operand of the first product), h (input of the activation), a (operand of the
     second), y (for the gradient of the routing weights), and what routing keeps. SwiGLU's product
-    of two halves would keep silu(gate) besides, which a fused activation need not: not counted.
+    of two halves keeps silu(gate) besides, unless somebody fuses the activation.
     """
     small = layer.num_rows + layer.num_indices + _logits(layer)
-    return itemsize * (2 * _rows(layer) + _h(layer) + _a(layer)) + INDEX * small
+    silu = _a(layer) if layer.gated and not fused_activation else 0
+    return itemsize * (2 * _rows(layer) + _h(layer) + _a(layer) + silu) + INDEX * small

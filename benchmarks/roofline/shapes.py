@@ -92,8 +92,8 @@ LAYERS = (
     expert_choice(32, 256, 1152, 8),
     expert_choice(16, 1024, 1152, 16),
     expert_choice(4, 4096, 2048, 32),
-    token_choice("DiT-MoE-XL", 8192, 1152, 4608, 8, 2),
-    token_choice("DiT-MoE-XL", 32768, 1152, 4608, 8, 2),
+    token_choice("DiT-MoE-XL", 8192, 1152, 4608, 8, 2, gated=True),
+    token_choice("DiT-MoE-XL", 32768, 1152, 4608, 8, 2, gated=True),
     # The shape that libraries for language models publish figures for.
     token_choice("SwiGLU", 32768, 2048, 768, 128, 8, gated=True),
 )

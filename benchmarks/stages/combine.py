@@ -7,26 +7,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_kernels as mk
-from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
-from benchmarks.stages.common import leaf
+from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.stages.common import generator_on, leaf, normal, separated_tokens
 
 
 def route(shape: Shape, logits: Tensor, backend: str | None = None) -> mk.RoutingPlan:
     """The plan of a shape's router: token choice, or expert choice with factor K."""
     if shape["router"] == "token_choice":
         return mk.token_choice(logits, shape["K"], backend=backend)
-    groups = max(1, shape["T"] // 256)
+    groups = _num_groups(shape)
     return mk.expert_choice(logits, float(shape["K"]), num_groups=groups, backend=backend)
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+def _num_groups(shape: Shape) -> int:
+    return max(1, shape["T"] // 256)
+
+
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Inputs:
     """(R, D) rows, their weights, and a random gradient of the tokens."""
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_on(device, seed)
     tokens, hidden_size = shape["T"], shape["D"]
-    logits = torch.randn(tokens, shape["E"], generator=generator)
+    groups = 0 if shape["router"] == "token_choice" else _num_groups(shape)
+    logits = separated_tokens(
+        normal(generator, tokens, shape["E"]),
+        lambda logits: logits.double().softmax(-1),
+        mk.expert_capacity(tokens // groups, shape["E"], shape["K"]) if groups else shape["K"],
+        generator,
+        groups,
+    )
     plan = route(shape, logits, "reference")
-    rows = torch.randn(plan.num_rows, hidden_size, generator=generator, dtype=dtype)
-    out = torch.randn(tokens, hidden_size, generator=generator, dtype=dtype)
+    rows = normal(generator, plan.num_rows, hidden_size, dtype=dtype)
+    out = normal(generator, tokens, hidden_size, dtype=dtype)
     leaves = {"rows": rows, "routing_weights": plan.routing_weights}
     return Inputs(leaves, {"out": out}, {"plan": plan, "logits": logits, "shape": shape})
 

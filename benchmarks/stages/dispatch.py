@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 import moe_kernels as mk
-from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
-from benchmarks.stages.common import leaf
+from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.stages.common import generator_on, leaf, normal
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Inputs:
     """(T, D) tokens, a token-choice plan for them, and a random gradient of the rows."""
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_on(device, seed)
     tokens, hidden_size = shape["T"], shape["D"]
-    plan = mk.token_choice(torch.randn(tokens, shape["E"], generator=generator), shape["K"])
-    x = torch.randn(tokens, hidden_size, generator=generator, dtype=dtype)
-    rows = torch.randn(plan.num_rows, hidden_size, generator=generator, dtype=dtype)
+    plan = mk.token_choice(normal(generator, tokens, shape["E"]), shape["K"])
+    x = normal(generator, tokens, hidden_size, dtype=dtype)
+    rows = normal(generator, plan.num_rows, hidden_size, dtype=dtype)
     return Inputs({"x": x}, {"rows": rows}, {"plan": plan})
 
 

@@ -1,56 +1,70 @@
-"""A DiT-MoE layer: token choice, bias-free SwiGLU experts, one shared expert, balance loss."""
+"""A DiT-MoE layer: token choice, bias-free SwiGLU experts, perhaps a shared one, balance loss."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_kernels as mk
-from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.stages import dit_moe_libraries as libraries
 from benchmarks.stages import dit_moe_peers as peers
-from benchmarks.stages.common import expert_tokens, gap, leaf, top_mask
-from benchmarks.stages.common import until_separated as separated
+from benchmarks.stages.common import (
+    expert_tokens,
+    generator_on,
+    leaf,
+    normal,
+    separated_tokens,
+    top_mask,
+)
 
 TOP_K = 2
 WIDTH = 4  # an expert's intermediate size over the hidden size
-SHARED_WIDTH = 2
+SHARED_WIDTH = 2  # of the shared expert, unless the shape says otherwise; 0 for none
 OUTPUTS = ("out", "load_balance_loss")
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Inputs:
     """(B, S, D) tokens, all weights, and random gradients of the output and the loss."""
     batch_size, seq_len, hidden_size, experts = (shape[name] for name in "BSDE")
-    width, shared_width = WIDTH * hidden_size, SHARED_WIDTH * hidden_size
+    width, shared_width = WIDTH * hidden_size, _shared_width(shape) * hidden_size
+    generator = generator_on(device, seed)
 
-    def make(generator: torch.Generator) -> tuple[Inputs, float]:
-        def normal(*sizes: int, fan_in: int = 1) -> Tensor:
-            return torch.randn(*sizes, generator=generator).mul(fan_in**-0.5).to(dtype)
+    def drawn(*sizes: int, fan_in: int = 1) -> Tensor:
+        return normal(generator, *sizes, dtype=dtype, fan_in=fan_in)
 
-        leaves = {
-            "x": normal(batch_size, seq_len, hidden_size),
-            "router": normal(experts, hidden_size, fan_in=hidden_size),
-        }
-        logits = leaves["x"].double().flatten(0, 1) @ leaves["router"].double().T
-        smallest = gap(logits.softmax(-1), TOP_K)
-        leaves |= {
-            "w_in": normal(experts, 2 * width, hidden_size, fan_in=hidden_size),
-            "w_out": normal(experts, hidden_size, width, fan_in=width),
-            "shared_in": normal(2 * shared_width, hidden_size, fan_in=hidden_size),
-            "shared_out": normal(hidden_size, shared_width, fan_in=shared_width),
-        }
-        upstream = {
-            "out": normal(batch_size, seq_len, hidden_size),
-            "load_balance_loss": torch.randn((), generator=generator),
-        }
-        return Inputs(leaves, upstream, {"shape": shape}), smallest
+    x = drawn(batch_size * seq_len, hidden_size)
+    router = drawn(experts, hidden_size, fan_in=hidden_size)
+    x = separated_tokens(
+        x, lambda x: (x.double() @ router.double().T).softmax(-1), TOP_K, generator
+    )
+    leaves = {
+        "x": x.view(batch_size, seq_len, hidden_size),
+        "router": router,
+        "w_in": drawn(experts, 2 * width, hidden_size, fan_in=hidden_size),
+        "w_out": drawn(experts, hidden_size, width, fan_in=width),
+    }
+    if shared_width:
+        leaves["shared_in"] = drawn(2 * shared_width, hidden_size, fan_in=hidden_size)
+        leaves["shared_out"] = drawn(hidden_size, shared_width, fan_in=shared_width)
+    upstream = {
+        "out": drawn(batch_size, seq_len, hidden_size),
+        "load_balance_loss": normal(generator),
+    }
+    return Inputs(leaves, upstream, {"shape": shape})
 
-    return separated(make)
+
+def _shared_width(shape: Shape) -> int:
+    return int(shape.get("shared", SHARED_WIDTH))
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
     """Expert after expert on the tokens that chose it, in the precision of the inputs."""
-    x, router, w_in, w_out, shared_in, shared_out = inputs.leaves.values()
+    x, router, w_in, w_out, *shared = inputs.leaves.values()
     flat = x.flatten(0, 1)
     probs = (flat @ router.T).softmax(-1)
     mask = top_mask(probs, TOP_K, dim=1)
@@ -59,7 +73,7 @@ def expected(inputs: Inputs) -> dict[str, Tensor]:
         gate, up = (tokens @ into.T).chunk(2, dim=-1)
         return (gate * gate.sigmoid() * up) @ out.T
 
-    out = swiglu(flat, shared_in, shared_out)
+    out = swiglu(flat, *shared) if shared else torch.zeros_like(flat)
     weights = list(zip(w_in.unbind(0), w_out.unbind(0), strict=True))
     for expert, tokens in expert_tokens(mask):
         y = swiglu(flat[tokens], *weights[expert])
@@ -73,26 +87,21 @@ def _published(inputs: Inputs) -> Run:
     x, router = leaf(stacked["x"]), leaf(stacked["router"])
     halves = [half for w in stacked["w_in"] for half in w.chunk(2)]
     w_in, w_out = [leaf(half) for half in halves], [leaf(w) for w in stacked["w_out"]]
-    shared_in = [leaf(half) for half in stacked["shared_in"].chunk(2)]
-    shared_out = leaf(stacked["shared_out"])
     experts = list(zip(w_in[::2], w_in[1::2], w_out, strict=True))
-    shared = (shared_in[0], shared_in[1], shared_out)
-    leaves = {
-        "x": [x],
-        "router": [router],
-        "w_in": w_in,
-        "w_out": w_out,
-        "shared_in": shared_in,
-        "shared_out": [shared_out],
-    }
+    leaves = {"x": [x], "router": [router], "w_in": w_in, "w_out": w_out}
+    shared: peers.SwiGLU | None = None
+    if "shared_in" in stacked:
+        leaves["shared_in"] = [leaf(half) for half in stacked["shared_in"].chunk(2)]
+        leaves["shared_out"] = [leaf(stacked["shared_out"])]
+        shared = (*leaves["shared_in"], *leaves["shared_out"])
     return Run(lambda: peers.published(x, router, experts, shared, TOP_K), OUTPUTS, leaves)
 
 
 def _stacked(function: Callable[..., tuple[Tensor, ...]]) -> Callable[[Inputs], Run]:
     def build(inputs: Inputs) -> Run:
         leaves = {name: [leaf(tensor)] for name, tensor in inputs.leaves.items()}
-        tensors = [parts[0] for parts in leaves.values()]
-        return Run(lambda: function(*tensors, TOP_K), OUTPUTS, leaves)
+        x, router, w_in, w_out, *shared = (parts[0] for parts in leaves.values())
+        return Run(lambda: function(x, router, w_in, w_out, tuple(shared), TOP_K), OUTPUTS, leaves)
 
     return build
 
@@ -102,29 +111,39 @@ def _compiled(inputs: Inputs) -> Run:
     return _stacked(torch.compile(peers.good_eager, dynamic=True))(inputs)
 
 
+def _grouped_compiled(inputs: Inputs) -> Run:
+    return _stacked(torch.compile(peers.grouped_permute))(inputs)
+
+
+def _from_library(name: str) -> Callable[[Inputs], Run]:
+    def build(inputs: Inputs) -> Run:
+        # Raises ImportError, the reason why it is skipped, where the library is not installed.
+        return _stacked(partial(peers.with_experts, libraries.EXPERTS[name]()))(inputs)
+
+    return build
+
+
 def _library(backend: str | None) -> Callable[[Inputs], Run]:
     def build(inputs: Inputs) -> Run:
-        _, _, hidden_size, experts = (inputs.fixed["shape"][name] for name in "BSDE")
+        shape = inputs.fixed["shape"]
+        hidden_size, experts = shape["D"], shape["E"]
         moe = mk.MoE(
             hidden_size,
             WIDTH * hidden_size,
             experts,
             router=mk.TokenChoiceRouter(hidden_size, experts, TOP_K, device="meta"),
             activation="swiglu",
-            shared_intermediate_size=SHARED_WIDTH * hidden_size,
+            shared_intermediate_size=_shared_width(shape) * hidden_size,
             device="meta",
         )
         x = leaf(inputs.leaves["x"])
         weights = {name: nn.Parameter(w) for name, w in list(inputs.leaves.items())[1:]}
-        assert isinstance(moe.shared_expert, mk.SharedExpert)
-        for module, name, weight in (
-            (moe.router, "weight", weights["router"]),
-            (moe.experts, "gate_up_proj", weights["w_in"]),
-            (moe.experts, "down_proj", weights["w_out"]),
-            (moe.shared_expert.gate_up_proj, "weight", weights["shared_in"]),
-            (moe.shared_expert.down_proj, "weight", weights["shared_out"]),
-        ):
-            setattr(module, name, weight)
+        moe.router.weight = weights["router"]
+        moe.experts.gate_up_proj, moe.experts.down_proj = weights["w_in"], weights["w_out"]
+        if moe.shared_expert is not None:
+            shared_in, shared_out = moe.shared_expert.gate_up_proj, moe.shared_expert.down_proj
+            assert isinstance(shared_in, nn.Linear)
+            shared_in.weight, shared_out.weight = weights["shared_in"], weights["shared_out"]
 
         def call() -> tuple[Tensor, ...]:
             out, plan = moe(x)
@@ -144,11 +163,10 @@ def _dense(inputs: Inputs) -> Run:
     """A SwiGLU MLP as wide as the experts that a token passes; its own weights."""
     x = leaf(inputs.leaves["x"])
     hidden_size = x.shape[-1]
-    width = (TOP_K * WIDTH + SHARED_WIDTH) * hidden_size
-    generator = torch.Generator().manual_seed(0)
-    w_in = torch.randn(2 * width, hidden_size, generator=generator).mul(hidden_size**-0.5)
-    w_out = torch.randn(hidden_size, width, generator=generator).mul(width**-0.5)
-    w_in, w_out = leaf(w_in.to(x.dtype)), leaf(w_out.to(x.dtype))
+    width = (TOP_K * WIDTH + _shared_width(inputs.fixed["shape"])) * hidden_size
+    generator = generator_on(x.device)
+    w_in = leaf(normal(generator, 2 * width, hidden_size, dtype=x.dtype, fan_in=hidden_size))
+    w_out = leaf(normal(generator, hidden_size, width, dtype=x.dtype, fan_in=width))
 
     def call() -> tuple[Tensor, ...]:
         gate, up = F.linear(x, w_in).chunk(2, dim=-1)
@@ -161,9 +179,10 @@ def cost(shape: Shape, itemsize: int, mode: str) -> Cost:
     """The activated products; weights and tokens once, in backward also their gradients."""
     batch_size, seq_len, hidden_size, experts = (shape[name] for name in "BSDE")
     tokens, matrices = batch_size * seq_len * hidden_size, 3 * hidden_size * hidden_size
-    activated = TOP_K * WIDTH + SHARED_WIDTH
+    shared = _shared_width(shape)
+    activated = TOP_K * WIDTH + shared
     flops = 2 * batch_size * seq_len * (activated * matrices + experts * hidden_size)
-    weights = (experts * WIDTH + SHARED_WIDTH) * matrices
+    weights = (experts * WIDTH + shared) * matrices
     forward = Cost(flops, itemsize * (weights + 2 * tokens))
     backward = Cost(2 * flops, itemsize * (2 * weights + 3 * tokens))
     both = Cost(3 * flops, forward.bytes + backward.bytes)
@@ -178,6 +197,16 @@ STAGE = Stage(
         "good_eager": Provider(_stacked(peers.good_eager), "sort, split, F.linear, index_add"),
         "compiled": Provider(_compiled, "good_eager under torch.compile", compiled=True),
         "grouped_mm": Provider(_stacked(peers.grouped), "sort, F.grouped_mm, index_add"),
+        "grouped_permute": Provider(
+            _stacked(peers.grouped_permute), "sort, F.grouped_mm, gather back, sum over K"
+        ),
+        "grouped_compiled": Provider(
+            _grouped_compiled, "grouped_permute under torch.compile", compiled=True
+        ),
+        "liger": Provider(_from_library("liger"), "Liger fused_moe, PyTorch router"),
+        "moe_ops": Provider(
+            _from_library("moe_ops"), "moe-ops permute and grouped_gemm, PyTorch router"
+        ),
         "reference": Provider(_library("reference"), "mk.MoE, reference backend"),
         "dense_limit": Provider(_dense, "dense MLP of the same activated FLOPs", kind="limit"),
         "ours": Provider(_library(None), "mk.MoE", kind="ours"),

@@ -7,41 +7,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_kernels as mk
-from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
 from benchmarks.stages import ec_peers as peers
-from benchmarks.stages.common import expert_tokens, gap, leaf, top_mask
-from benchmarks.stages.common import until_separated as separated
+from benchmarks.stages.common import (
+    expert_tokens,
+    generator_on,
+    leaf,
+    normal,
+    separated_tokens,
+    top_mask,
+)
 
 CAPACITY_FACTOR = 2.0
 WIDTH = 4  # an expert's intermediate size over the hidden size
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Inputs:
     """(B, S, D) tokens, all weights, and a random gradient of the output."""
     batch_size, seq_len, hidden_size, experts = (shape[name] for name in "BSDE")
     width = WIDTH * hidden_size
     capacity = mk.expert_capacity(seq_len, experts, CAPACITY_FACTOR)
+    generator = generator_on(device, seed)
 
-    def make(generator: torch.Generator) -> tuple[Inputs, float]:
-        def normal(*sizes: int, fan_in: int = 1) -> Tensor:
-            return torch.randn(*sizes, generator=generator).mul(fan_in**-0.5).to(dtype)
+    def drawn(*sizes: int, fan_in: int = 1) -> Tensor:
+        return normal(generator, *sizes, dtype=dtype, fan_in=fan_in)
 
-        leaves = {
-            "x": normal(batch_size, seq_len, hidden_size),
-            "router": normal(experts, hidden_size, fan_in=hidden_size),
-        }
-        probs = (leaves["x"].double() @ leaves["router"].double().T).softmax(-1)
-        smallest = gap(probs.mT, capacity)
-        leaves |= {
-            "w_in": normal(experts, width, hidden_size, fan_in=hidden_size),
-            "bias_in": normal(experts, width, fan_in=hidden_size),
-            "w_out": normal(experts, hidden_size, width, fan_in=width),
-            "bias_out": normal(experts, hidden_size, fan_in=width),
-        }
-        upstream = {"out": normal(batch_size, seq_len, hidden_size)}
-        return Inputs(leaves, upstream, {"shape": shape, "C": capacity}), smallest
-
-    return separated(make)
+    x = drawn(batch_size * seq_len, hidden_size)
+    router = drawn(experts, hidden_size, fan_in=hidden_size)
+    x = separated_tokens(
+        x,
+        lambda x: (x.double() @ router.double().T).softmax(-1),
+        capacity,
+        generator,
+        num_groups=batch_size,
+    )
+    leaves = {
+        "x": x.view(batch_size, seq_len, hidden_size),
+        "router": router,
+        "w_in": drawn(experts, width, hidden_size, fan_in=hidden_size),
+        "bias_in": drawn(experts, width, fan_in=hidden_size),
+        "w_out": drawn(experts, hidden_size, width, fan_in=width),
+        "bias_out": drawn(experts, hidden_size, fan_in=width),
+    }
+    upstream = {"out": drawn(batch_size, seq_len, hidden_size)}
+    return Inputs(leaves, upstream, {"shape": shape, "C": capacity})
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
@@ -113,14 +124,14 @@ def _dense(inputs: Inputs) -> Run:
     x = leaf(inputs.leaves["x"])
     hidden_size = x.shape[-1]
     width = int(CAPACITY_FACTOR * WIDTH * hidden_size)
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_on(x.device)
     weights = {
-        "w_in": torch.randn(width, hidden_size, generator=generator).mul(hidden_size**-0.5),
-        "bias_in": torch.zeros(width),
-        "w_out": torch.randn(hidden_size, width, generator=generator).mul(width**-0.5),
-        "bias_out": torch.zeros(hidden_size),
+        "w_in": normal(generator, width, hidden_size, dtype=x.dtype, fan_in=hidden_size),
+        "bias_in": normal(generator, width, dtype=x.dtype, fan_in=hidden_size),
+        "w_out": normal(generator, hidden_size, width, dtype=x.dtype, fan_in=width),
+        "bias_out": normal(generator, hidden_size, dtype=x.dtype, fan_in=width),
     }
-    leaves = {name: leaf(weight.to(x.dtype)) for name, weight in weights.items()}
+    leaves = {name: leaf(weight) for name, weight in weights.items()}
     w_in, bias_in, w_out, bias_out = leaves.values()
 
     def call() -> tuple[Tensor, ...]:

@@ -36,7 +36,7 @@ def good_eager(
     batch_size, seq_len, hidden_size = x.shape
     affinity = F.linear(x.float(), router.float()).softmax(dim=-1).permute(2, 0, 1)  # (E, B, S)
     weights, chosen = affinity.topk(capacity, dim=-1)  # (E, B, C)
-    start = torch.arange(0, batch_size * seq_len, seq_len).view(1, -1, 1)
+    start = torch.arange(0, batch_size * seq_len, seq_len, device=x.device).view(1, -1, 1)
     tokens = (chosen + start).flatten()
     flat = x.view(-1, hidden_size)
     rows = flat.index_select(0, tokens).view(*chosen.shape, hidden_size)

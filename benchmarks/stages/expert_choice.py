@@ -7,9 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_kernels as mk
-from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
-from benchmarks.stages.common import gap, leaf, rows_of_tokens, top_mask
-from benchmarks.stages.common import until_separated as separated
+from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.stages.common import (
+    count_tokens,
+    generator_on,
+    leaf,
+    normal,
+    rows_of_tokens,
+    separated_tokens,
+    top_mask,
+)
 
 CAPACITY_FACTOR = 2.0
 OUTPUTS = (
@@ -22,22 +29,25 @@ OUTPUTS = (
 )
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Inputs:
     """(B·S, E) logits and random gradients of the weights and the z-loss."""
     batch_size, seq_len, experts = shape["B"], shape["S"], shape["E"]
     capacity = mk.expert_capacity(seq_len, experts, CAPACITY_FACTOR)
-
-    def make(generator: torch.Generator) -> tuple[Inputs, float]:
-        logits = torch.randn(batch_size * seq_len, experts, generator=generator, dtype=dtype)
-        upstream = {
-            "routing_weights": torch.randn(experts * batch_size * capacity, generator=generator),
-            "z_loss": torch.randn((), generator=generator),
-        }
-        probs = logits.double().softmax(-1).view(batch_size, seq_len, experts)
-        fixed = {"B": batch_size, "C": capacity}
-        return Inputs({"router_logits": logits}, upstream, fixed), gap(probs.mT, capacity)
-
-    return separated(make)
+    generator = generator_on(device, seed)
+    logits = separated_tokens(
+        normal(generator, batch_size * seq_len, experts, dtype=dtype),
+        lambda logits: logits.double().softmax(-1),
+        capacity,
+        generator,
+        num_groups=batch_size,
+    )
+    upstream = {
+        "routing_weights": normal(generator, experts * batch_size * capacity),
+        "z_loss": normal(generator),
+    }
+    return Inputs({"router_logits": logits}, upstream, {"B": batch_size, "C": capacity})
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
@@ -66,8 +76,9 @@ def eager(logits: Tensor, batch_size: int, capacity: int) -> tuple[Tensor, ...]:
     seq_len = num_tokens // batch_size
     affinity = logits.softmax(-1).view(batch_size, seq_len, num_experts).permute(2, 0, 1)
     chosen = affinity.topk(capacity, dim=-1, sorted=False).indices.sort(-1).values  # (E, B, C)
-    tokens = (chosen + torch.arange(0, num_tokens, seq_len).view(-1, 1)).flatten()
-    counts = torch.bincount(tokens, minlength=num_tokens)
+    start = torch.arange(0, num_tokens, seq_len, device=logits.device).view(-1, 1)
+    tokens = (chosen + start).flatten()
+    counts = count_tokens(tokens, num_tokens)
     return (
         affinity.gather(-1, chosen).flatten(),
         logits.logsumexp(-1).square().mean(),
@@ -89,9 +100,11 @@ def tuned(logits: Tensor, batch_size: int, capacity: int) -> tuple[Tensor, ...]:
     logsumexp = logits.logsumexp(-1)
     affinity = (logits.t() - logsumexp).exp().view(num_experts, batch_size, seq_len)
     chosen = affinity.topk(capacity, dim=-1, sorted=False).indices.sort(-1).values
-    tokens = (chosen + torch.arange(0, num_tokens, seq_len).view(-1, 1)).int().flatten()
+    start = torch.arange(0, num_tokens, seq_len, device=logits.device).view(-1, 1)
+    tokens = (chosen + start).int().flatten()
     ranked, row_indices = tokens.sort(stable=True)
-    offsets = torch.searchsorted(ranked, torch.arange(num_tokens + 1, dtype=torch.int32))
+    ends = torch.arange(num_tokens + 1, dtype=torch.int32, device=logits.device)
+    offsets = torch.searchsorted(ranked, ends)
     return (
         affinity.gather(-1, chosen).flatten(),
         logsumexp.square().mean(),
@@ -135,7 +148,8 @@ def _plain(function: Callable[[Tensor, int, int], tuple[Tensor, ...]]) -> Callab
 def _minimal(inputs: Inputs) -> Run:
     logits = leaf(inputs.leaves["router_logits"])
     batch_size, capacity = inputs.fixed["B"], inputs.fixed["C"]
-    start = torch.arange(0, logits.shape[0], logits.shape[0] // batch_size).view(-1, 1, 1)
+    tokens = torch.arange(logits.shape[0], device=logits.device)
+    start = tokens.view(batch_size, -1)[:, :1].unsqueeze(-1)
 
     def canonical(named: dict[str, Tensor]) -> dict[str, Tensor]:
         chosen, order = named["token_indices"].sort(1)

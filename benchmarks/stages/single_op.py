@@ -8,37 +8,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_kernels as mk
-from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
-from benchmarks.stages.common import leaf
+from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.stages.common import generator_on, leaf, normal
 
 LOSSES = ("load_balance_loss", "router_z_loss", "router_similarity_loss")
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Inputs:
     """A token-choice plan, tokens or rows where the op reads them, and expert weights."""
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_on(device, seed)
     tokens, hidden_size, experts, op = shape["T"], shape["D"], shape["E"], shape["op"]
     width = 4 * hidden_size
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator).to(dtype)
-
-    logits = torch.randn(tokens, experts, generator=generator)
+    logits = normal(generator, tokens, experts)
     plan = mk.token_choice(logits, shape["K"])
     fixed: dict[str, Any] = {"op": op, "plan": plan}
     if op in LOSSES:
         return Inputs({}, {}, fixed)
     if op == "grouped_gemm":
-        leaves = {"rows": normal(plan.num_rows, hidden_size)}
-        leaves["w"] = normal(experts, width, hidden_size) * hidden_size**-0.5
-        return Inputs(leaves, {"out": normal(plan.num_rows, width)}, fixed)
+        leaves = {"rows": normal(generator, plan.num_rows, hidden_size, dtype=dtype)}
+        leaves["w"] = normal(
+            generator, experts, width, hidden_size, dtype=dtype, fan_in=hidden_size
+        )
+        return Inputs(leaves, {"out": normal(generator, plan.num_rows, width, dtype=dtype)}, fixed)
     assert op == "expert_mlp", op
     leaves = {
-        "x": normal(tokens, hidden_size),
-        "w_in": normal(experts, 2 * width, hidden_size) * hidden_size**-0.5,
-        "w_out": normal(experts, hidden_size, width) * width**-0.5,
+        "x": normal(generator, tokens, hidden_size, dtype=dtype),
+        "w_in": normal(generator, experts, 2 * width, hidden_size, dtype=dtype, fan_in=hidden_size),
+        "w_out": normal(generator, experts, hidden_size, width, dtype=dtype, fan_in=width),
     }
-    return Inputs(leaves, {"out": normal(tokens, hidden_size)}, fixed)
+    return Inputs(leaves, {"out": normal(generator, tokens, hidden_size, dtype=dtype)}, fixed)
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:

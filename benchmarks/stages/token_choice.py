@@ -7,9 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_kernels as mk
-from benchmarks.entry import Cost, Inputs, Provider, Run, Shape, Stage
-from benchmarks.stages.common import expert_tokens, gap, leaf, rows_of_tokens, top_mask
-from benchmarks.stages.common import until_separated as separated
+from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.stages.common import (
+    count_experts,
+    expert_tokens,
+    generator_on,
+    leaf,
+    normal,
+    rows_of_tokens,
+    separated_tokens,
+    top_mask,
+)
 
 OUTPUTS = (
     "routing_weights",
@@ -22,22 +30,24 @@ OUTPUTS = (
 )
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0
+) -> Inputs:
     """(T, E) logits and random gradients of the weights and both losses."""
     tokens, experts, top_k = shape["T"], shape["E"], shape["K"]
-
-    def make(generator: torch.Generator) -> tuple[Inputs, float]:
-        logits = torch.randn(tokens, experts, generator=generator, dtype=dtype)
-        upstream = {
-            "routing_weights": torch.randn(tokens * top_k, generator=generator),
-            "load_balance_loss": torch.randn((), generator=generator),
-            "z_loss": torch.randn((), generator=generator),
-        }
-        return Inputs({"router_logits": logits}, upstream, {"K": top_k}), gap(
-            logits.double().softmax(-1), top_k
-        )
-
-    return separated(make)
+    generator = generator_on(device, seed)
+    logits = separated_tokens(
+        normal(generator, tokens, experts, dtype=dtype),
+        lambda logits: logits.double().softmax(-1),
+        top_k,
+        generator,
+    )
+    upstream = {
+        "routing_weights": normal(generator, tokens * top_k),
+        "load_balance_loss": normal(generator),
+        "z_loss": normal(generator),
+    }
+    return Inputs({"router_logits": logits}, upstream, {"K": top_k})
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
@@ -46,7 +56,7 @@ def expected(inputs: Inputs) -> dict[str, Tensor]:
     num_tokens, num_experts = logits.shape
     probs = logits.softmax(-1)
     chosen = list(expert_tokens(top_mask(probs, top_k, dim=1)))
-    counts = torch.tensor([len(tokens) for _, tokens in chosen])
+    counts = torch.tensor([len(tokens) for _, tokens in chosen], device=logits.device)
     token_indices = torch.cat([tokens for _, tokens in chosen])
     share = counts * num_experts / (num_tokens * top_k)
     return {
@@ -67,8 +77,8 @@ def eager(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
     weights, experts = probs.topk(top_k, dim=-1)
     flat = experts.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
-    row_indices = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    counts = count_experts(flat, num_experts)
+    row_indices = torch.empty_like(order).scatter_(0, order, _numbers(order))
     return (
         weights.flatten()[order],
         (counts * (num_experts / (num_tokens * top_k)) * probs.mean(0)).sum(),
@@ -91,9 +101,10 @@ def tuned(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
     probs = (logits - logsumexp.unsqueeze(-1)).exp()
     weights, experts = probs.topk(top_k, dim=-1)
     ranked, order = experts.flatten().to(torch.uint8).sort(stable=True)
-    offsets = torch.searchsorted(ranked, torch.arange(num_experts + 1, dtype=torch.uint8))
+    experts_and_end = torch.arange(num_experts + 1, dtype=torch.uint8, device=logits.device)
+    offsets = torch.searchsorted(ranked, experts_and_end)
     counts = offsets.diff()
-    row_indices = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    row_indices = torch.empty_like(order).scatter_(0, order, _numbers(order))
     return (
         weights.flatten()[order],
         (counts * (num_experts / (num_tokens * top_k)) * probs.mean(0)).sum(),
@@ -103,6 +114,10 @@ def tuned(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
         counts,
         row_indices,
     )
+
+
+def _numbers(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)
 
 
 def _ours(logits: Tensor, top_k: int, backend: str | None) -> tuple[Tensor, ...]:

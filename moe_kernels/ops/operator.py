@@ -104,7 +104,9 @@ class Variant:
             for device_type in ("cpu", "cuda"):
                 rule = _autocast_rule(self.overload, device_type, operator.autocast)
                 library.impl(name, rule, f"Autocast{device_type.upper()}")
-        if len(operator.variants) == 0:  # FLOPs are those of the op, whoever runs it
+        # FLOPs are those of the op, whoever runs it. Before PyTorch 2.13 a packet has another hash
+        # after each new overload.
+        if packet not in torch.utils.flop_counter.flop_registry:
             torch.utils.flop_counter.register_flop_formula(packet)(operator.flops)
 
     def __call__(self, *args: Any) -> Any:

@@ -170,3 +170,13 @@ def test_the_kept_page_is_up_to_date(tmp_path):
     command.main(["--out", str(tmp_path / "roofline.md")])
     kept = command.RESULTS / "roofline.md"
     assert kept.read_text() == (tmp_path / "roofline.md").read_text()
+
+
+def test_eager_swiglu_keeps_silu_too():
+    half = torch.randn(6, 4, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        torch.nn.functional.silu(half) * half
+    assert saved == [half.shape] * 3  # the gate; silu(gate) and up

@@ -13,6 +13,20 @@ from . import oracles
 
 EXPERTS, HIDDEN, INTERMEDIATE = 3, 5, 7
 
+# What the property tests draw from; test_triton_hypothesis.py draws a few examples of the same.
+CAPACITIES = {
+    "tokens": st.integers(1, 24),
+    "capacity": st.integers(1, 24),
+    "kind": st.sampled_from(LOGIT_KINDS),
+    "seed": st.integers(0, 99),
+}
+GROUPS = {
+    "groups": st.integers(1, 3),
+    "size": st.integers(1, 8),
+    "kind": st.sampled_from(LOGIT_KINDS),
+    "seed": st.integers(0, 99),
+}
+
 
 def make_plan(kind: str, dtype=torch.float64, tokens: int = 8) -> mk.RoutingPlan:
     if kind == "expert_choice":
@@ -126,12 +140,7 @@ def test_expert_mlp_is_as_accurate_as_plain_pytorch(kind, activation, dtype):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    tokens=st.integers(1, 24),
-    capacity=st.integers(1, 24),
-    kind=st.sampled_from(LOGIT_KINDS),
-    seed=st.integers(0, 99),
-)
+@given(**CAPACITIES)
 def test_unchosen_tokens_get_exact_zeros(tokens, capacity, kind, seed):
     torch.manual_seed(seed)
     logits = make_logits(tokens, EXPERTS, kind, seed)
@@ -146,12 +155,7 @@ def test_unchosen_tokens_get_exact_zeros(tokens, capacity, kind, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    groups=st.integers(1, 3),
-    size=st.integers(1, 8),
-    kind=st.sampled_from(LOGIT_KINDS),
-    seed=st.integers(0, 99),
-)
+@given(**GROUPS)
 def test_full_capacity_equals_the_dense_softmax_mixture(groups, size, kind, seed):
     torch.manual_seed(seed)
     tokens = groups * size

@@ -10,6 +10,30 @@ from moe_kernels.testing import LOGIT_KINDS, assert_as_accurate, make_logits, re
 
 from . import oracles
 
+# What the property tests draw from; test_triton_hypothesis.py draws a few examples of the same.
+EXPERT_CHOICE = {
+    "groups": st.integers(1, 4),
+    "size": st.integers(1, 24),
+    "experts": st.integers(1, 9),
+    "factor": st.floats(0.05, 1.0),
+    "kind": st.sampled_from(LOGIT_KINDS),
+    "rounding": st.sampled_from(["floor", "ceil"]),
+    "seed": st.integers(0, 99),
+}
+TOKEN_CHOICE = {
+    "tokens": st.integers(0, 30),
+    "experts": st.integers(1, 9),
+    "data": st.data(),
+    "kind": st.sampled_from(LOGIT_KINDS),
+    "affinity": st.sampled_from(["softmax", "sigmoid"]),
+    "seed": st.integers(0, 99),
+}
+BATCHES = {
+    "batch": st.integers(2, 6),
+    "seed": st.integers(0, 99),
+    "kind": st.sampled_from(LOGIT_KINDS),
+}
+
 
 def rows_of(plan: mk.RoutingPlan) -> list[tuple[int, int]]:
     return list(zip(plan.expert_of_row.tolist(), plan.token_indices.tolist(), strict=True))
@@ -58,15 +82,7 @@ def test_expert_indices_fall_in_affinity_with_ties_to_the_lower_expert():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    groups=st.integers(1, 4),
-    size=st.integers(1, 24),
-    experts=st.integers(1, 9),
-    factor=st.floats(0.05, 1.0),
-    kind=st.sampled_from(LOGIT_KINDS),
-    rounding=st.sampled_from(["floor", "ceil"]),
-    seed=st.integers(0, 99),
-)
+@given(**EXPERT_CHOICE)
 def test_expert_choice_invariants(groups, size, experts, factor, kind, rounding, seed):
     logits = make_logits(groups * size, experts, kind, seed)
     capacity_factor = factor * experts
@@ -88,14 +104,7 @@ def test_expert_choice_invariants(groups, size, experts, factor, kind, rounding,
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    tokens=st.integers(0, 30),
-    experts=st.integers(1, 9),
-    data=st.data(),
-    kind=st.sampled_from(LOGIT_KINDS),
-    affinity=st.sampled_from(["softmax", "sigmoid"]),
-    seed=st.integers(0, 99),
-)
+@given(**TOKEN_CHOICE)
 def test_token_choice_invariants(tokens, experts, data, kind, affinity, seed):
     top_k = data.draw(st.integers(1, experts))
     logits = make_logits(tokens, experts, kind, seed)
@@ -113,7 +122,7 @@ def test_token_choice_invariants(tokens, experts, data, kind, affinity, seed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(batch=st.integers(2, 6), seed=st.integers(0, 99), kind=st.sampled_from(LOGIT_KINDS))
+@given(**BATCHES)
 def test_routing_of_an_image_does_not_depend_on_its_batch(batch, seed, kind):
     size, experts = 12, 4
     logits = make_logits(batch * size, experts, kind, seed)

@@ -14,7 +14,7 @@ from moe_kernels.backends.triton.activation_math import (
 )
 from moe_kernels.backends.triton.gemm_launch import GemmShape, launch_gemm
 from moe_kernels.backends.triton.gemm_tiles import halves, locate, product, row_tiles, swizzle
-from moe_kernels.backends.triton.launch import block_size, launch
+from moe_kernels.backends.triton.launch import PARTS, block_size, launch
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _epilogue(
     return tl.sum(tl.where(mask, da * a, 0.0), axis=1)
 
 
-@triton.jit(do_not_specialize=["rows_per_expert"])
+@triton.jit(do_not_specialize=["rows_per_expert"], do_not_specialize_on_alignment=PARTS)
 def _down_bwd_kernel(
     dout_ptr,
     w_source,
@@ -124,7 +124,7 @@ def _down_bwd_kernel(
         # 64 bits for the tile's start, 32 inside it: half the registers.
         h_tile = h_ptr + start * COLUMNS
         dh_tile = dh_ptr + start * COLUMNS
-        a_tile = a_ptr + start * INNER
+        a_tile = a_ptr + start * INNER if STORE_A else a_ptr
         bias = bias_ptr + expert.to(tl.int64) * COLUMNS if HAS_BIAS else bias_ptr
         if PARTS == 1:
             part = _epilogue(
@@ -146,7 +146,7 @@ def _down_bwd_kernel(
             tl.store(partial_ptr + place, part, mask=is_row)  # (BLOCK_M,)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=PARTS)
 def _gate_gradient_kernel(
     partial_ptr,
     dout_ptr,

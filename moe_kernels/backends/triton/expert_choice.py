@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.backends.triton import expert_choice_long
-from moe_kernels.backends.triton.launch import DEVICE_TYPES, block_size, launch, target_of
+from moe_kernels.backends.triton.launch import DEVICE_TYPES, PARTS, block_size, launch, target_of
 from moe_kernels.backends.triton.route_losses import finish_expert_choice
 from moe_kernels.backends.triton.token_block import (
-    PARTS,
     SIZES,
     TokenBlocks,
     block_tokens,

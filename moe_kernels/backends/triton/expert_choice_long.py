@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.backends.triton.launch import launch
+from moe_kernels.backends.triton.launch import PARTS, launch
 from moe_kernels.backends.triton.token_block import (
-    PARTS,
     SIZES,
     choose,
     ordered_bits,

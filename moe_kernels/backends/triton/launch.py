@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backends.triton import requirements
+from moe_kernels.ops.pack import PlanIndices
 
 requirements.check()  # before the kernels: an older Triton fails on them with less helpful words
 
@@ -120,7 +122,7 @@ def launch(
     Args:
         kernel: a ``triton.jit`` function whose ``tl.constexpr`` parameters come last.
         grid: programs in each dimension.
-        args: its other arguments, in order; the first is a tensor.
+        args: its other arguments, in order; the first is a tensor or a descriptor of one.
         num_warps, num_stages: compile options.
         blocks: programs meant to run on a processor at once; a compile check holds kernels to it.
         constants: its ``tl.constexpr`` arguments.
@@ -133,13 +135,19 @@ def launch(
         launch = Launch(kernel, grid, arguments, constants, num_warps, num_stages, blocks)
         _recording.launches.append(launch)
         return
-    device = args[0].device
+    first = args[0]
+    device = (first.base if isinstance(first, TensorDescriptor) else first).device
     options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants, **options)
         return
     kernel[grid](*args, **constants, **options)
+
+
+# Views of a plan's packed buffer: whether they start at a multiple of 16 bytes depends on the
+# number of tokens, which must not compile a kernel of its own.
+PARTS = [f"{name}_ptr" for name in PlanIndices._fields]
 
 
 def block_size(size: int, smallest: int = 16, largest: int = 1 << 20) -> int:

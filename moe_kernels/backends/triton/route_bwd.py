@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.backends.triton.launch import DEVICE_TYPES, launch
+from moe_kernels.backends.triton.launch import DEVICE_TYPES, PARTS, launch
 from moe_kernels.backends.triton.token_block import (
-    PARTS,
     SIZES,
     block_tokens,
     cut,

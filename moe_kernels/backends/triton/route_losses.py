@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.backends.triton.launch import block_size, launch
-from moe_kernels.backends.triton.token_block import PARTS, SIZES, TokenBlocks
+from moe_kernels.backends.triton.launch import PARTS, block_size, launch
+from moe_kernels.backends.triton.token_block import SIZES, TokenBlocks
 from moe_kernels.ops.pack import PlanIndices
 from moe_kernels.ops.route import BALANCE_PER_GROUP, ENTROPY, MEAN_PROB
 
@@ -21,7 +21,7 @@ _SCAN_COLUMNS = 32
 _SCAN_ROWS = 64
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARTS)
 def _group_scan_kernel(
     counts_ptr,
     sums_ptr,

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.backends.triton.launch import DEVICE_TYPES, block_size, launch
+from moe_kernels.backends.triton.launch import DEVICE_TYPES, PARTS, block_size, launch
 from moe_kernels.ops import rows as ops
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=PARTS)
 def _sum_rows_kernel(
     rows_ptr,
     weights_ptr,
@@ -94,7 +94,7 @@ def sum_rows(
     return out
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=PARTS)
 def _gather_kernel(
     x_ptr,
     token_indices_ptr,

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from moe_kernels.backends.triton.gemm_launch import GemmShape, launch_gemm
 from moe_kernels.backends.triton.gemm_tiles import locate, product, row_tiles, swizzle
+from moe_kernels.backends.triton.launch import PARTS
 
 
-@triton.jit(do_not_specialize=["rows_per_expert"])
+@triton.jit(do_not_specialize=["rows_per_expert"], do_not_specialize_on_alignment=PARTS)
 def _rows_gemm_kernel(
     a_source,
     w_source,

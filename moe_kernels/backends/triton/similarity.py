@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.backends.triton.launch import DEVICE_TYPES, block_size, launch
+from moe_kernels.backends.triton.launch import DEVICE_TYPES, PARTS, block_size, launch
 from moe_kernels.backends.triton.token_block import SIZES, load_logits, softmax_block
 from moe_kernels.ops import route as ops
 
@@ -40,7 +40,7 @@ def _chosen_tile(
     return chosen
 
 
-@triton.jit(do_not_specialize=[*SIZES, "tokens_per_split"])
+@triton.jit(do_not_specialize=[*SIZES, "tokens_per_split"], do_not_specialize_on_alignment=PARTS)
 def _pairs_fwd_kernel(
     row_experts_ptr,
     row_offsets_ptr,

@@ -14,10 +14,9 @@ from moe_kernels.backends.triton.launch import block_size
 from moe_kernels.ops.pack import PlanIndices, packed_sizes, unpack
 
 # Arguments that change from batch to batch: no variant of a kernel for the value 1 or for
-# multiples of 16. The parts of the packed plan start wherever the part before them ends.
+# multiples of 16.
 SIZES = ["num_tokens", "num_groups", "group_size", "blocks_per_group", "num_blocks", "num_rows"]
 SIZES += ["capacity", "num_chunks"]
-PARTS = [f"{name}_ptr" for name in PlanIndices._fields]
 
 # 1 in the fixed-point sum of exponentials: 512 of them take 50 of 63 bits.
 _ONE = tl.constexpr(float(1 << 40))

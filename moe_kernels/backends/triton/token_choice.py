@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.backends.triton.launch import DEVICE_TYPES, block_size, launch
+from moe_kernels.backends.triton.launch import DEVICE_TYPES, PARTS, block_size, launch
 from moe_kernels.backends.triton.route_losses import finish_token_choice, scan_groups
 from moe_kernels.backends.triton.token_block import (
-    PARTS,
     SIZES,
     block_tokens,
     cut,

@@ -79,6 +79,10 @@ def store(arch: str, measured: dict[str, Config]) -> Path:
     text = json.dumps({key: asdict(config) for key, config in sorted(entries.items())}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text + "\n")
-    os.replace(file.name, path)
+    try:
+        os.replace(file.name, path)
+    except OSError:
+        os.unlink(file.name)
+        raise
     load.cache_clear()
     return path

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_kernels.backends.triton.activation_math import ACTIVATIONS, SWIGLU, gelu, swiglu
 from moe_kernels.backends.triton.gemm_launch import GemmShape, launch_gemm
 from moe_kernels.backends.triton.gemm_tiles import halves, locate, product, row_tiles, swizzle
+from moe_kernels.backends.triton.launch import PARTS
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _epilogue_by_halves(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows_per_expert"])
+@triton.jit(do_not_specialize=["rows_per_expert"], do_not_specialize_on_alignment=PARTS)
 def _up_fwd_kernel(
     x_ptr,
     w_source,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moe_kernels.backends.triton.configs import choose, precision
 from moe_kernels.backends.triton.gemm_tiles import swizzle
-from moe_kernels.backends.triton.launch import launch, target_of
+from moe_kernels.backends.triton.launch import PARTS, launch, target_of
 
 
-@triton.jit(do_not_specialize=["rows_per_expert"])
+@triton.jit(do_not_specialize=["rows_per_expert"], do_not_specialize_on_alignment=PARTS)
 def _weight_bwd_kernel(
     p_ptr,
     q_ptr,
@@ -75,7 +75,7 @@ def _weight_bwd_kernel(
     tl.store(matrix + place, total.to(dw_ptr.dtype.element_ty), mask=mask)  # (BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["rows_per_expert"])
+@triton.jit(do_not_specialize=["rows_per_expert"], do_not_specialize_on_alignment=PARTS)
 def _bias_bwd_kernel(
     rows_ptr,
     weights_ptr,

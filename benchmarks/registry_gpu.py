@@ -1,0 +1,134 @@
+"""The GPU entries, as data: the figures wanted on an H100 in bf16, the most telling ones first.
+
+A run that has little time does the first of them.
+"""
+
+from collections.abc import Iterator
+
+from benchmarks.entry import Entry, FigureGoal, Goal
+
+ROUTE_MODES = ("forward", "backward", "both")
+LAYER_MODES = ("forward", "both")
+
+# Every layer, whoever runs it, has to keep the host free.
+NO_SYNC = FigureGoal("host_syncs", at_most=0)
+
+
+def _expert_choice(seq_len: int) -> Iterator[Entry]:
+    # Up to 1024 tokens an image the time is that of a launch and its latencies.
+    wanted = (FigureGoal("forward.graph_us", at_most=8.0),) if seq_len <= 1024 else ()
+    for experts in (8, 16, 64):
+        yield Entry(
+            f"gpu_expert_choice/B32-S{seq_len}-E{experts}",
+            "expert_choice",
+            {"B": 32, "S": seq_len, "E": experts},
+            {"B": 2, "S": 37, "E": experts},
+            ROUTE_MODES,
+            ("minimal", "eager", "tuned", "ours"),
+            (
+                Goal("forward", "eager", at_least=8.0),
+                Goal("forward", "minimal", at_least=8.0),
+            ),
+            figures=(*wanted, NO_SYNC),
+        )
+
+
+def _token_choice() -> Iterator[Entry]:
+    for tokens in (8192, 32768):
+        for experts in (8, 64):
+            yield Entry(
+                f"gpu_token_choice/T{tokens}-E{experts}-K2",
+                "token_choice",
+                {"T": tokens, "E": experts, "K": 2},
+                {"T": 33, "E": experts, "K": 2},
+                ROUTE_MODES,
+                ("eager", "tuned", "ours"),
+                figures=(NO_SYNC,),
+            )
+
+
+def _ec_layer(batch_size: int, seq_len: int, hidden_size: int, experts: int) -> Entry:
+    one_hot = (Goal("both", "one_hot", at_least=2.0),) if seq_len >= 1024 else ()
+    return Entry(
+        f"gpu_ec_layer/B{batch_size}-S{seq_len}-D{hidden_size}-E{experts}",
+        "ec_layer",
+        {"B": batch_size, "S": seq_len, "D": hidden_size, "E": experts},
+        {"B": 2, "S": 24, "D": 16, "E": 8},
+        LAYER_MODES,
+        ("one_hot", "good_eager", "compiled", "dense_limit", "ours"),
+        (Goal("both", "compiled", at_least=1.25), *one_hot),
+        dtype="bfloat16",
+        memory=("one_hot", "good_eager", "compiled", "dense_limit", "ours"),
+        figures=(FigureGoal("saved_share.good_eager", at_most=0.6), NO_SYNC),
+    )
+
+
+def _dit_moe_xl(batch_size: int) -> Entry:
+    """F is 4608 = 4D and there is no shared expert, which other libraries leave to PyTorch."""
+    return Entry(
+        f"gpu_dit_moe_layer/T{batch_size * 256}-D1152-E8-K2",
+        "dit_moe_layer",
+        {"B": batch_size, "S": 256, "D": 1152, "E": 8, "shared": 0},
+        {"B": 2, "S": 24, "D": 16, "E": 8, "shared": 0},
+        LAYER_MODES,
+        (
+            *("good_eager", "grouped_mm", "grouped_permute", "grouped_compiled"),
+            *("liger", "moe_ops", "dense_limit", "ours"),
+        ),
+        dtype="bfloat16",
+        memory=("good_eager", "grouped_permute", "grouped_compiled", "dense_limit", "ours"),
+        figures=(
+            FigureGoal("both.best", at_least=1.0),
+            FigureGoal("both.tflops", at_least=400.0),
+            FigureGoal("both.dense_share", at_most=1.15),
+            FigureGoal("saved_share.good_eager", at_most=0.6),
+            NO_SYNC,
+        ),
+    )
+
+
+def _rows(tokens: int) -> Iterator[Entry]:
+    """Gather and combine, whose only limit is memory."""
+    shape, tiny = {"D": 1152, "E": 8, "K": 2}, {"D": 20, "E": 8, "K": 2}
+    wanted = tuple(
+        FigureGoal(f"{mode}.copy_share", at_least=0.7) for mode in ("forward", "backward")
+    )
+    yield Entry(
+        f"gpu_dispatch/T{tokens}-D1152",
+        "dispatch",
+        {"T": tokens, **shape},
+        {"T": 33, **tiny},
+        ("forward", "backward"),
+        ("index_select", "ours"),
+        dtype="bfloat16",
+        figures=wanted,
+    )
+    for router in ("token_choice", "expert_choice"):
+        middle = ("gather_sum",) if router == "token_choice" else ()
+        yield Entry(
+            f"gpu_combine/{router}-T{tokens}-D1152",
+            "combine",
+            {"router": router, "T": tokens, **shape},
+            {"router": router, "T": 32, **tiny},
+            ("forward", "backward"),
+            ("index_add", *middle, "ours"),
+            dtype="bfloat16",
+            figures=wanted,
+        )
+
+
+GPU_ENTRIES: tuple[Entry, ...] = (
+    _ec_layer(32, 256, 1152, 8),
+    _dit_moe_xl(32),
+    *_expert_choice(256),
+    *_expert_choice(1024),
+    *_rows(32768),
+    *_token_choice(),
+    _ec_layer(16, 1024, 1152, 16),
+    _ec_layer(4, 4096, 2048, 32),
+    _dit_moe_xl(128),
+    *_expert_choice(512),
+    *_expert_choice(4096),
+    *_expert_choice(16384),
+    *_rows(8192),
+)
