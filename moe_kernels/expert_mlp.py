@@ -37,7 +37,8 @@ def grouped_gemm(
         operands are cast to its dtype first. An expert without rows gets a zero weight gradient.
 
     Raises:
-        ValueError: mismatched shapes, dtypes or devices, or offsets that do not cover the rows.
+        ValueError: mismatched shapes, dtypes or devices; on a CPU also offsets that do not cover
+            the rows, which on a GPU nobody reads: there they must be right.
     """
     check_floating("rows", rows, 2, "(num_rows, in_features)")
     check_floating("w", w, 3, "(num_experts, out_features, in_features)")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from moe_kernels.backends import serving
 from moe_kernels.layers import MoE
+from moe_kernels.losses import load_balance_loss
+from moe_kernels.plan import RoutingPlan
 
 
 @dataclass
@@ -38,6 +40,7 @@ def warmup(
     *,
     dtype: torch.dtype | None = None,
     backward: bool = True,
+    losses: Callable[[RoutingPlan], Tensor] = load_balance_loss,
     tune: bool = False,
 ) -> WarmupReport:
     """Run every kind of ``MoE`` layer of a model once on random tokens, so that its kernels exist.
@@ -51,8 +54,11 @@ def warmup(
         shapes: (batch_size, seq_len) of the tokens that the layers will see.
         dtype: compute dtype, by autocast where the parameters have another; by default theirs.
         backward: also compile the backward.
+        losses: what the training step adds to its loss for each layer's plan; the backward is
+            compiled with it and without.
         tune: also measure tile sizes of the Triton kernels on this GPU (minutes), and keep the
-            fastest in the cache folder for all later processes; needs ``backward``.
+            fastest in the cache folder for all later processes; needs ``backward``. Let one
+            process of a job do it.
             ``MOE_KERNELS_TUNE=off`` makes this a plain warm-up.
 
     Returns:
@@ -73,7 +79,7 @@ def warmup(
     report, start = WarmupReport(list(layers)), time.perf_counter()
     for layer in layers.values():
         for shape in shapes:
-            step = _make_step(layer, shape, dtype, backward)
+            step = _make_step(layer, shape, dtype, backward, losses)
             step()
             if tune:
                 report.tuned += _tune(step, layer.router.weight.device)
@@ -87,14 +93,19 @@ def _kinds_of_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             parameters = [(p.dtype, p.device, p.requires_grad) for p in module.parameters()]
-            kind = (repr(module), str(module.router.routing), str(parameters))
+            buffers = [name for name, _ in module.named_buffers()]
+            kind = (repr(module), str(module.router.routing), str(parameters), str(buffers))
             if kind not in seen:
                 seen.add(kind)
                 yield name or type(module).__name__, module
 
 
 def _make_step(
-    layer: MoE, shape: tuple[int, int], dtype: torch.dtype | None, backward: bool
+    layer: MoE,
+    shape: tuple[int, int],
+    dtype: torch.dtype | None,
+    backward: bool,
+    losses: Callable[[RoutingPlan], Tensor],
 ) -> Callable[[], Any]:
     weight = layer.experts.down_proj
     device, hidden_size = weight.device, layer.router.hidden_size
@@ -106,9 +117,15 @@ def _make_step(
 
     def step() -> Any:
         with torch.set_grad_enabled(backward), autocast:
-            out, _ = layer(x)
-        if backward:  # not into .grad: that is the optimiser's
-            return torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+            out, plan = layer(x)
+        if not backward:
+            return out
+        loss = losses(plan)
+        # Not into .grad: that is the optimiser's.
+        upstream = torch.ones_like(out)
+        torch.autograd.grad(out, leaves, upstream, allow_unused=True, retain_graph=True)
+        if loss.requires_grad:
+            torch.autograd.grad([out, loss], leaves, [upstream, None], allow_unused=True)
         return out
 
     return step

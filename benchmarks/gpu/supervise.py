@@ -1,6 +1,7 @@
 """Runs the worker, and runs it again behind an entry that broke it, until the time is used up."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def _one_worker(
             process = subprocess.Popen(
                 [*command, *pending, *arguments, "--seconds", f"{left:.1f}", "--out", str(lines)],
                 cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},  # last words of one that dies
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )

@@ -202,6 +202,8 @@ class Stages:
                 residual=residual,
             )
         dtype = tokens.dtype
+        # Under autocast the terms keep their precision: they are added to the result instead.
+        fused = (shared, residual) if dtype == x.dtype else (None, None)
         out, _ = expert_ops.expert_mlp[self.backend](
             tokens,
             plan.routing_weights.to(wide_dtype(dtype)),
@@ -209,8 +211,7 @@ class Stages:
             w_out,
             None if bias_in is None else bias_in.to(dtype),
             None if bias_out is None else bias_out.to(dtype),
-            None if shared is None else shared.to(dtype),
-            None if residual is None else residual.to(dtype),
+            *(None if term is None else term.to(dtype) for term in fused),
             plan.token_indices,
             plan.row_indices,
             plan.row_offsets,
@@ -218,7 +219,11 @@ class Stages:
             plan.rows_per_expert or 0,
             activation,
         )
-        return out.to(x.dtype)
+        out = out.to(x.dtype)
+        if dtype != x.dtype:
+            for term in (shared, residual):
+                out = out if term is None else out + term.to(x.dtype)
+        return out
 
     def activation(self, h: Tensor, activation: str) -> Tensor:
         """GELU (tanh or exact) or SwiGLU over the last dimension."""

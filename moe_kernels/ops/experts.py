@@ -114,7 +114,7 @@ expert_mlp = Operator(
     setup_context=_save_mlp,
     backward=_mlp_backward,
     flops=_mlp_flops,
-    autocast=(0, 2, 3, 4, 5, 6, 7),
+    autocast=(0, 2, 3, 4, 5),
 )
 
 

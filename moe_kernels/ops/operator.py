@@ -41,6 +41,8 @@ class Operator:
         flops: FLOPs of a call from the shapes of its arguments; ``None`` counts as 0.
         autocast: positions of the arguments that are cast to the autocast dtype; ``None`` runs the
             op as it is (routing is in fp32 whatever autocast says).
+        twice_differentiable: whether ``backward`` is made of PyTorch's operations, so that it has
+            a backward itself; otherwise differentiating twice is an error.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Operator:
         backward: Callable[..., Any] | None = None,
         flops: Callable[..., int] | None = None,
         autocast: tuple[int, ...] | None = None,
+        twice_differentiable: bool = False,
     ) -> None:
         self.name, _, self.signature = schema.partition("(")
         self.fake, self.setup_context, self.backward = fake, setup_context, backward
+        self.twice_differentiable = twice_differentiable
         self.flops, self.autocast = flops or (lambda *_, **__: 0), autocast
         self.variants: dict[str, Variant] = {}
 
@@ -98,7 +102,10 @@ class Variant:
             torch.library.register_autograd(
                 f"moe_kernels::{name}", operator.backward, setup_context=setup_context, lib=library
             )
-            self._function = _make_function(name, kernel, setup_context, operator.backward)
+            backward = operator.backward
+            if not operator.twice_differentiable:
+                backward = _only_once(backward, name)
+            self._function = _make_function(name, kernel, setup_context, backward)
         self._has_autocast_rule = operator.autocast is not None
         if operator.autocast is not None:
             for device_type in ("cpu", "cuda"):
@@ -174,6 +181,28 @@ def _make_function(
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name.replace(".", "_"), (torch.autograd.Function,), members)
+
+
+def _only_once(backward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Let gradients of gradients fail: kernels have none, and would count as constants.
+
+    ``once_differentiable`` of PyTorch does so only where the upstream gradient needs one itself.
+    """
+    message = f"moe_kernels: {name} can be differentiated once; use backend='reference' for more"
+
+    def once(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return outputs
+        single = isinstance(outputs, Tensor)
+        listed = (outputs,) if single else outputs
+        leaves = [None if t is None else t.detach().requires_grad_() for t in listed]
+        fail = torch._C._functions.DelayedError(message.encode(), len(leaves))
+        failing = fail(*leaves)  # type: ignore[arg-type]  # None passes through
+        return failing[0] if single and not isinstance(failing, Tensor) else failing
+
+    return once
 
 
 def _is_castable(arg: Any) -> bool:

@@ -145,6 +145,7 @@ affinity = Operator(
     ),
     setup_context=_save_affinity,
     backward=_affinity_backward,
+    twice_differentiable=True,
 )
 
 

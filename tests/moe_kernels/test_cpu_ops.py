@@ -195,6 +195,7 @@ def test_autocast_rule_of_the_products():
         for a in args
     ]
     low[1] = args[1]  # routing weights stay in fp32
+    low[6:8] = args[6:8]  # and so does what is added to the result
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, h = torch.ops.moe_kernels.expert_mlp.cpu(*args)
         product = torch.ops.moe_kernels.grouped_gemm.cpu(rows, w, plan.expert_offsets, 0)

@@ -249,3 +249,26 @@ def test_two_runs_are_equal_bit_for_bit():
         runs.append((out, *torch.autograd.grad(out, [x, *weights.values()], upstream)))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
+
+
+def test_differentiating_twice_is_an_error_and_never_wrong(backend):
+    if backend == "reference":
+        pytest.skip("the reference can be differentiated twice")
+    plan = make_plan("token_choice", torch.float32)
+    weights = {n: w.detach().float() for n, w in make_weights("gelu", True).items()}
+    x = torch.randn(8, HIDDEN, requires_grad=True)
+    out = mk.expert_mlp(x, plan, **weights, activation="gelu")
+    (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        (dx.square().sum() + x.square().sum()).backward()
+
+
+def test_autocast_leaves_the_residual_its_precision():
+    plan = make_plan("token_choice", torch.float32)
+    weights = {n: torch.zeros_like(w).float() for n, w in make_weights("gelu", True).items()}
+    residual = torch.full((8, HIDDEN), 1.001)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mk.expert_mlp(
+            torch.randn(8, HIDDEN), plan, **weights, activation="gelu", residual=residual
+        )
+    assert torch.equal(out, residual)

@@ -162,14 +162,15 @@ SIXTEEN_BIT = {
 # fp32 products run without tensor cores unless PyTorch allows TF32; one size for both.
 _FEW_32 = Config(16, 64, 32, 4, 2)
 _MANY_32 = Config(64, 64, 32, 4, 2)
-_GATED_32 = Config(64, 32, 32, 4, 2)
+_NARROW_32 = Config(64, 32, 32, 4, 2)
 FP32 = {
     family: (
         _INTERPRETER
         if family == "interpreter"
         else {
             **{product: _by_bucket(_FEW_32, _MANY_32, _MANY_32) for product in PRODUCTS},
-            "up_fwd_gated": _by_bucket(_FEW_32, _GATED_32, _GATED_32),
+            "up_fwd_gated": _by_bucket(_FEW_32, _NARROW_32, _NARROW_32),
+            "down_bwd": _by_bucket(_FEW_32, _NARROW_32, _NARROW_32),
         }
     )
     for family in SIXTEEN_BIT

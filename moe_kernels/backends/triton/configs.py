@@ -66,6 +66,7 @@ def choose(
     in_features: int,
     out_features: int,
     rows_per_expert: int,
+    aligned: bool = True,
 ) -> Config:
     """The config of one product.
 
@@ -75,11 +76,14 @@ def choose(
         dtype: of the operands.
         in_features, out_features: of the product; for ``weight_bwd`` the matrix's two sides.
         rows_per_expert: mean over the experts.
+        aligned: whether rows of the operands start at multiples of 16 bytes.
     """
     if _forced is not None:
         return _forced
     bucket = bucket_of(rows_per_expert)
     key = Key(product, target.arch, dtype, in_features, out_features, bucket)
+    if not aligned:
+        return unaligned(_choose(key))
     if _trial is None:
         return _choose(key)
     config = _trial.configs.get(key) or _choose(key)
@@ -106,6 +110,20 @@ def fit(config: Config, key: Key) -> Config:
         config,
         block_n=block_size(key.out_features, largest=config.block_n),
         block_k=block_size(key.in_features, largest=config.block_k),
+    )
+
+
+def unaligned(config: Config) -> Config:
+    """A small tile for operands that are loaded number by number: addresses fill the registers."""
+    return replace(
+        config,
+        block_m=min(config.block_m, 32),
+        block_n=min(config.block_n, 32),
+        block_k=min(config.block_k, 32),
+        num_warps=4,
+        num_stages=min(config.num_stages, 2),
+        persistent=False,
+        blocks=1,
     )
 
 

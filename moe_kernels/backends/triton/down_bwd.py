@@ -210,7 +210,7 @@ def down_bwd(
     dh = h.new_empty(h.shape)
     a = h.new_empty(rows, inner) if store_a else None
     shape = GemmShape("down_bwd", rows, experts, rows_per_expert, hidden, inner)
-    config = shape.config(dout)
+    config = shape.config(dout, w_out)
     parts = triton.cdiv(inner, config.block_n)
     partial = weights.new_empty(rows, parts) if gate_gradient else None
 

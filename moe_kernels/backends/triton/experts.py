@@ -28,6 +28,7 @@ def _expert_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
         x, w_in, bias_in, token_indices, expert_offsets, rows_per_expert, inner, activation
     )
     y = rows_gemm(a, w_out, expert_offsets, rows_per_expert, transposed=True, bias=bias_out)
+    del a  # before the output is allocated
     return sum_rows(y, weights, row_indices, row_offsets, shared, residual), h
 
 
@@ -55,15 +56,16 @@ def _expert_mlp_bwd(dout: Tensor, h: Tensor, wanted: list[bool], *inputs: Any) -
     )
     if a is not None:
         dw_out = weight_bwd(dout, a, *groups, token_indices=token_indices, gather="p")
+        del a
     if want_bias_out and bias_out is not None:
         dbias_out = bias_bwd(dout, bias_out, *groups, weights=weights, token_indices=token_indices)
-    del a
     if want_w_in:
         dw_in = weight_bwd(dh, x, *groups, token_indices=token_indices, gather="q")
     if want_bias_in and bias_in is not None:
         dbias_in = bias_bwd(dh, bias_in, *groups)
     if want_x:
         drows = rows_gemm(dh, w_in, *groups, transposed=False)
+        del dh
         dx = sum_rows(drows, None, row_indices, row_offsets)
     gradients = (dx, dweights, dw_in, dw_out, dbias_in, dbias_out)
     return tuple(empty_or_none(gradient, x) for gradient in gradients)

@@ -34,11 +34,19 @@ class GemmShape:
     in_features: int
     out_features: int
 
-    def config(self, a: Tensor) -> Config:
-        """Tile sizes for an operand of this device and dtype."""
-        mean = self.rows // self.experts
-        target = target_of(a)
-        return choose(self.product, target, a.dtype, self.in_features, self.out_features, mean)
+    def config(self, a: Tensor, w: Tensor) -> Config:
+        """Tile sizes for these operands."""
+        return choose(
+            self.product,
+            target_of(a),
+            a.dtype,
+            self.in_features,
+            self.out_features,
+            self.rows // self.experts,
+            aligned=describable(a)
+            and describable(w)
+            and self.out_features * a.element_size() % 16 == 0,
+        )
 
 
 def launch_gemm(
@@ -62,19 +70,21 @@ def launch_gemm(
         w: (E, ·, ·); ``transposed`` when stored as in ``nn.Linear``.
         constants: further constants of the kernel.
     """
-    config, target = shape.config(a), target_of(a)
+    if shape.rows == 0:
+        return
+    config, target = shape.config(a, w), target_of(a)
     block_n, block_k = config.block_n, config.block_k
     w_block = [block_n, block_k] if transposed else [block_k, block_n]
     # Along the summed dimension a tile that is not whole would run into the next expert's matrix.
     whole = transposed or shape.in_features % block_k == 0
     wanted = config.persistent and target.descriptors
-    w_descriptor = wanted and whole and _describable(w)
+    w_descriptor = wanted and whole and describable(w)
     w_source = _describe(w.flatten(0, 1), w_block) if w_descriptor else w
     a_source: Any = a
     if rows_in_order:
         # Where a's own columns end inside a tile, the descriptor fills with zeros, w with whatever
         # follows: not a number times zero is not zero.
-        constants["A_DESCRIPTOR"] = wanted and whole and _describable(a)
+        constants["A_DESCRIPTOR"] = wanted and whole and describable(a)
         if constants["A_DESCRIPTOR"]:
             a_source = _describe(a, [config.block_m, block_k])
     tiles = max_row_tiles(shape.rows, shape.experts, shape.rows_per_expert, config.block_m)
@@ -99,17 +109,14 @@ def launch_gemm(
     )
 
 
-def _describable(tensor: Tensor) -> bool:
+def describable(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can describe it: rows and base in steps of 16 bytes."""
-    return (
-        tensor.numel() > 0
-        and tensor.shape[-1] * tensor.element_size() % 16 == 0
-        and tensor.data_ptr() % 16 == 0
-    )
+    return tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def _describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+    # Not matrix.stride(): that of a single row may be anything.
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], block)
 
 
 def contiguous(tensor: Tensor | None) -> Any:

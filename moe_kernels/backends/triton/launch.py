@@ -148,6 +148,8 @@ def launch(
 # Views of a plan's packed buffer: whether they start at a multiple of 16 bytes depends on the
 # number of tokens, which must not compile a kernel of its own.
 PARTS = [f"{name}_ptr" for name in PlanIndices._fields]
+# Gradients of losses may be views of any address too, such as those of stacked losses of layers.
+PARTS += ["dload_balance_ptr", "dz_loss_ptr", "dterms_ptr", "dloss_ptr"]
 
 
 def block_size(size: int, smallest: int = 16, largest: int = 1 << 20) -> int:

@@ -126,7 +126,7 @@ def _similarity_fwd_kernel(
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARTS)
 def _similarity_bwd_kernel(
     logits_ptr,
     pair_weights_ptr,

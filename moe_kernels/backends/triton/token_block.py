@@ -35,7 +35,7 @@ class TokenBlocks(NamedTuple):
 def token_blocks(num_tokens: int, num_experts: int, num_groups: int) -> TokenBlocks:
     """Blocks of 2048 logits at most: 16 a thread in 4 warps, which top-k holds as int64."""
     block_e = block_size(num_experts, smallest=4)
-    block_t = min(2048 // block_e, 128)
+    block_t = max(1, min(2048 // block_e, 128))
     group_size = num_tokens // num_groups
     per_group = triton.cdiv(group_size, block_t)
     return TokenBlocks(group_size, per_group, per_group * num_groups, block_t, block_e)

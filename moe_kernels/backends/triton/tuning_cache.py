@@ -57,11 +57,13 @@ def load(arch: str) -> dict[str, Config]:
     Raises:
         ValueError: when the file is not one of ours; says which to remove.
     """
-    path = path_of(arch)
-    if not path.exists():
+    try:
+        path = path_of(arch)
+        text = path.read_text()
+    except (OSError, RuntimeError):  # no file, no home, or none that we may read
         return {}
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(text)
         return {key: Config(**fields) for key, fields in entries.items()}
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -198,7 +198,7 @@ def up_fwd(
         HIDDEN=hidden,
         INNER=inner,
         HAS_BIAS=bias_in is not None,
-        PARTS=min(4, max(1, shape.config(x).block_n // part)),
+        PARTS=min(4, max(1, shape.config(x, w_in).block_n // part)),
         ACTIVATION=ACTIVATIONS[activation],
     )
     return h, a

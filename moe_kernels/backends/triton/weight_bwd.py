@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.backends.triton.configs import choose, precision
+from moe_kernels.backends.triton.gemm_launch import describable
 from moe_kernels.backends.triton.gemm_tiles import swizzle
 from moe_kernels.backends.triton.launch import PARTS, launch, target_of
 
@@ -138,7 +139,9 @@ def weight_bwd(
     dw = p.new_empty(experts, p.shape[1], q.shape[1])
     rows = q.shape[0] if gather == "p" else p.shape[0]
     target = target_of(p)
-    config = choose("weight_bwd", target, p.dtype, p.shape[1], q.shape[1], rows // experts)
+    aligned = describable(p) and describable(q)
+    widths = (p.shape[1], q.shape[1])
+    config = choose("weight_bwd", target, p.dtype, *widths, rows // experts, aligned)
     tiles = triton.cdiv(p.shape[1], config.block_m) * triton.cdiv(q.shape[1], config.block_n)
     launch(
         _weight_bwd_kernel,
