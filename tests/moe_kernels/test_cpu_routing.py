@@ -15,6 +15,8 @@ from moe_kernels.backends.reference.affinity import ranking_key
 from moe_kernels.backends.reference.token_choice import keep_best_groups
 from moe_kernels.testing import LOGIT_KINDS, assert_as_accurate, make_logits, relative_error
 
+from .routing_cases import PER_TOKEN, RESULTS, ROUTES
+
 if (reason := BACKENDS["cpu"].why_not("expert_mlp", "cpu")) is not None:
     pytest.skip(f"the cpu backend {reason}", allow_module_level=True)
 
@@ -196,39 +198,6 @@ def test_token_choice_ranks_by_its_own_affinities(affinity, kind, dtype):
         check_rows(plan, torch.zeros(75, experts, dtype=torch.bool).scatter(1, best, True))
         weights = plan.router_probs[plan.token_indices.long(), plan.expert_of_row.long()]
         assert torch.equal(plan.routing_weights, weights)
-
-
-ROUTES: dict[str, Any] = {
-    "token_choice": lambda logits, **options: mk.token_choice(
-        logits, 3, num_groups=2, affinity="softmax", **options
-    ),
-    "sigmoid": lambda logits, **options: mk.token_choice(
-        logits, 2, num_groups=2, affinity="sigmoid", **options
-    ),
-    "expert_choice": lambda logits, **options: mk.expert_choice(logits, num_groups=2, **options),
-    "sigmoid_choice": lambda logits, **options: mk.expert_choice(
-        logits, affinity="sigmoid", num_groups=2, **options
-    ),
-    "identity": lambda logits, **options: mk.expert_choice(
-        logits, affinity="identity", num_groups=2, **options
-    ),
-}
-RESULTS: dict[str, Any] = {
-    "balance": mk.load_balance_loss,
-    "per_sequence": lambda plan, **o: mk.load_balance_loss(plan, per_sequence=True, **o),
-    "counts": lambda plan, **o: mk.load_balance_loss(
-        plan, tokens_per_expert=plan.tokens_per_expert.flip(0) + 3, **o
-    ),
-    "z": mk.router_z_loss,
-    "similarity": mk.router_similarity_loss,
-    "mean_prob": lambda plan, **_: plan.stats.mean_prob,
-    "entropy": lambda plan, **_: plan.stats.entropy,
-    "unrouted": lambda plan, **_: (plan.stats.unrouted_fraction * plan.num_tokens).round().int(),
-    "histogram": lambda plan, **_: plan.stats.experts_per_token_histogram,
-    "weights": lambda plan, **_: plan.routing_weights,
-    "probs": lambda plan, **_: plan.router_probs,
-}
-PER_TOKEN = {"normalize": "per_token", "scale": 2.5}
 
 
 def results(route: Any, logits: Tensor, name: str, options: dict[str, Any]) -> list[Tensor]:

@@ -24,6 +24,8 @@ if (reason := BACKENDS["triton"].why_not("expert_choice", "cpu")) is not None:
 
 from moe_kernels.backends.triton import expert_choice, expert_choice_long, route_losses
 
+from .routing_cases import PER_TOKEN, RESULTS, ROUTES
+
 INF, NAN = float("inf"), float("nan")
 AFFINITIES = ("softmax", "sigmoid", "identity")
 KINDS = (*LOGIT_KINDS, "duplicates")
@@ -235,38 +237,6 @@ def test_non_finite_logits_are_refused_like_by_the_reference(value, route):
     logits[37, 1] = value
     with pytest.raises(ValueError, match=r"1 non-finite of 210 values, the first .* \(37, 1\)"):
         getattr(mk, route)(logits)
-
-
-ROUTES: dict[str, Any] = {
-    "token_choice": lambda logits, **options: mk.token_choice(
-        logits, 3, num_groups=2, affinity="softmax", **options
-    ),
-    "sigmoid": lambda logits, **options: mk.token_choice(
-        logits, 2, num_groups=2, affinity="sigmoid", **options
-    ),
-    "expert_choice": lambda logits, **options: mk.expert_choice(logits, num_groups=2, **options),
-    "sigmoid_choice": lambda logits, **options: mk.expert_choice(
-        logits, affinity="sigmoid", num_groups=2, **options
-    ),
-    "identity": lambda logits, **options: mk.expert_choice(
-        logits, affinity="identity", num_groups=2, **options
-    ),
-}
-RESULTS: dict[str, Any] = {
-    "balance": mk.load_balance_loss,
-    "per_sequence": lambda plan, **o: mk.load_balance_loss(plan, per_sequence=True, **o),
-    "counts": lambda plan, **o: mk.load_balance_loss(
-        plan, tokens_per_expert=plan.tokens_per_expert.flip(0) + 3, **o
-    ),
-    "z": mk.router_z_loss,
-    "similarity": mk.router_similarity_loss,
-    "mean_prob": lambda plan: plan.stats.mean_prob,
-    "entropy": lambda plan: plan.stats.entropy,
-    "unrouted": lambda plan: (plan.stats.unrouted_fraction * plan.num_tokens).round().int(),
-    "weights": lambda plan: plan.routing_weights,
-    "probs": lambda plan: plan.router_probs,
-}
-PER_TOKEN = {"normalize": "per_token", "scale": 2.5}
 
 
 def upstream_of(value: Tensor) -> Tensor:
