@@ -16,10 +16,12 @@ export GOMP_SPINCOUNT ?= 10000
 
 BIN := $(VENV)/bin
 METADATA := pyproject.toml setup.py constraints.txt
-CXX_FILES := $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp)
+CXX_FILES := $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/simulator/*.[ch]pp)
 NATIVE := $(wildcard csrc/*.py) $(CXX_FILES)
-# Compiles what changed and puts the module beside the Python files, without a new installation.
-REBUILD := $(BIN)/python setup.py --quiet build_ext --inplace
+# Tests run the CUDA kernels on a simulated GPU; users of the library and `make train` do not.
+FOR_TESTS := MOE_KERNELS_SIMULATED=1
+# Compiles what changed and puts the modules beside the Python files, without a new installation.
+REBUILD := $(FOR_TESTS) $(BIN)/python setup.py --quiet build_ext --inplace
 # What follows in a recipe runs on another build; the usual one comes back also when that fails.
 AND_RESTORE := trap '$(REBUILD)' EXIT; trap 'exit 130' INT TERM;
 
@@ -28,8 +30,8 @@ AND_RESTORE := trap '$(REBUILD)' EXIT; trap 'exit 130' INT TERM;
 help:
 	@echo "make train    install, train EC-DiT on real digits, sample, evaluate  (ARGS=...)"
 	@echo "make test     install, run the test suite                             (TESTS=...)"
-	@echo "make test-reference  the suite without the C++ module                  (TESTS=...)"
-	@echo "make test-sanitize   tests/moe_kernels on a module that checks memory accesses and"
+	@echo "make test-reference  the suite without the compiled modules           (TESTS=...)"
+	@echo "make test-sanitize   tests/moe_kernels on modules that check memory accesses and"
 	@echo "                     undefined behaviour; wants GCC                    (TESTS=...)"
 	@echo "make gpu-check  tests and benchmarks that need a CUDA GPU, under 8 minutes (ARGS=...)"
 	@echo "make lint     ruff, mypy and clang-format"
@@ -70,7 +72,7 @@ format: $(VENV)/.installed-dev
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info moe_kernels/_cpu.*.so moe_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info moe_kernels/_cpu.*.so moe_kernels/_cuda*.so moe_kernels/_build.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -82,5 +84,5 @@ $(VENV)/.installed-train: $(METADATA) $(NATIVE) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(METADATA) $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	$(FOR_TESTS) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed-train

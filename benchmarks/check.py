@@ -14,6 +14,9 @@ from moe_kernels.testing import ERROR_FLOOR, relative_error
 # below what a wrong row, weight or factor makes (1e-2 and more).
 CEILING = {torch.float32: 3e-5, torch.bfloat16: 6e-2}
 
+# Kinds of provider that are this library, held to the accuracy of the plain ones.
+OURS = ("ours", "backend")
+
 
 @dataclass
 class Verdict:
@@ -117,7 +120,7 @@ def hold_ours_to_plain(stage: Stage, verdicts: dict[str, Verdict], dtype: torch.
         if stage.providers[name].kind == "plain" and verdict.status == "ok"
     ]
     for name, verdict in verdicts.items():
-        if stage.providers[name].kind == "ours" and verdict.status == "ok" and plain:
+        if stage.providers[name].kind in OURS and verdict.status == "ok" and plain:
             _hold_to(verdict, plain, ERROR_FLOOR[dtype])
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 MODES = ("forward", "backward", "both")
 CPU = torch.device("cpu")
+# Ours by one backend each, in entries for a GPU: the resolver's choice follows from their times.
+OURS_CUDA, OURS_TRITON = "ours:cuda", "ours:triton"
+BY_BACKEND = (OURS_CUDA, OURS_TRITON)
 
 Shape = Mapping[str, Any]
 
@@ -148,8 +151,9 @@ class Provider:
     Attributes:
         build: binds it to inputs.
         summary: one line for the tables' legend.
-        kind: ``"ours"``, ``"plain"`` (an alternative), or ``"limit"`` (another function with the
-            same activated FLOPs: timed, not compared).
+        kind: ``"ours"``, ``"backend"`` (ours by one backend, left out where that cannot serve),
+            ``"plain"`` (an alternative), or ``"limit"`` (another function with the same activated
+            FLOPs: timed, not compared).
         compiled: whether it needs ``torch.compile``.
         forward_only: whether only its forward is comparable.
     """

@@ -1,246 +1,106 @@
-"""Compile ``csrc/`` into ``moe_kernels/_cpu``; setup.py calls ``build_cpu``. Nothing needs torch.
+"""Compile ``csrc/`` into the modules of ``moe_kernels``; setup.py calls ``build_modules``.
 
-Each file of ``cpu/`` is compiled once for every instruction set (ISA), each time with the name of
-its ISA in ``MOE_ISA``, and the module picks one when it is imported. So one build runs on every
-processor of its architecture, and nothing is tuned to the machine that compiled it.
+Nothing needs torch, and no module needs another: one that cannot be built leaves the others as
+they are. ``build_cpu.py``, ``build_cuda.py`` and ``build_simulated.py`` say how each is compiled.
 """
 
 import json
 import os
-import platform
-import re
-import shlex
 import shutil
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from build_tools import (
-    BuildError,
-    Compiler,
-    build_choice,
-    find_compiler,
-    find_ninja,
-    max_jobs,
-    sanitizers,
-)
+import build_cpu
+import build_cuda
+import build_simulated
+from build_tools import BuildError, build_choice, max_jobs, sanitizers, wants_simulated
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
-ISA_FLAGS = {
-    "baseline": (),
-    "avx2": _AVX2,
-    # GCC uses half of the register otherwise.
-    "avx512": (*_AVX512, "-mprefer-vector-width=512"),
+# By the name in the record: the module, and what builds it.
+MODULES = {
+    "cpu": ("_cpu", build_cpu.build),
+    "cuda": ("_cuda", build_cuda.build),
+    "simulated": ("_cuda_simulated", build_simulated.build),
 }
-
-COMMON_FLAGS = (
-    *("-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden"),
-    # Both let loops vectorise and change no result: nobody reads errno or the exception flags.
-    *("-fno-math-errno", "-fno-trapping-math"),
-    *("-Wall", "-Wextra", "-Wno-psabi"),
-)
-
-
-def isas(machine: str | None = None) -> tuple[str, ...]:
-    """Instruction sets to compile for on ``machine``, by default what this Python is for."""
-    if machine is None:
-        machine = platform.machine() if sys.maxsize > 2**32 else "32 bits"
-    return tuple(ISA_FLAGS) if machine.lower() in ("x86_64", "amd64") else ("baseline",)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call of the compiler. Paths are relative to the project's root, and so is the call."""
+class Outcome:
+    """What came of a module.
 
-    inputs: tuple[str, ...]
-    output: str
-    command: tuple[str, ...]
+    Attributes:
+        record: its entry in ``_build.json``.
+        file: the module; ``None`` where there is none.
+        failure: why there is none although it was asked for.
+    """
 
-
-def build_folder(sanitize: Sequence[str]) -> str:
-    """Folder of the objects: one for each kind of build, so that changing back compiles nothing."""
-    parts = ["cpu", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}", *sanitize]
-    return "build/" + ".".join(parts)
-
-
-def compile_steps(
-    root: Path, compiler: Compiler, sanitize: Sequence[str], environ: Mapping[str, str]
-) -> list[Step]:
-    """List every call of the compiler; the last one links."""
-    if not (root / "csrc" / "bindings.cpp").exists():
-        raise BuildError("csrc/bindings.cpp is missing; install from a complete source tree")
-    folder = build_folder(sanitize)
-    optimise = ["-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else ["-O3", "-g0"]
-    checks = [f"-fsanitize={','.join(sanitize)}"] if sanitize else []
-    if "undefined" in sanitize:
-        checks.append("-fno-sanitize-recover=undefined")
-    user = shlex.split(environ.get("CXXFLAGS", ""))
-    flags = [*COMMON_FLAGS, *optimise, *checks, "-Icsrc"]
-    if environ.get("MOE_KERNELS_WERROR") == "1":
-        flags.append("-Werror")
-    flags += user
-    names = isas()
-
-    steps = []
-
-    def compile_one(source: str, output: str, *extra: str) -> None:
-        command = (*compiler.command, *flags, *extra, "-c", source, "-o", output)
-        steps.append(Step((source,), output, command))
-
-    tables = [f"-DMOE_HAS_{name.upper()}=1" for name in names if name != "baseline"]
-    # System headers stay out of the dependencies: under build isolation pybind11 is in a new
-    # folder every time, and only this file sees it.
-    headers = [word for path in _binding_headers() for word in ("-isystem", path)]
-    for source in sorted((root / "csrc").glob("*.cpp")):
-        extra = [*tables, *headers] if source.stem == "bindings" else []
-        compile_one(f"csrc/{source.name}", f"{folder}/{source.stem}.o", *extra)
-    for source in sorted((root / "csrc" / "cpu").glob("*.cpp")):
-        for name in names:
-            extra = [f"-DMOE_ISA={name}", f"-DMOE_ISA_{name.upper()}=1", *ISA_FLAGS[name]]
-            compile_one(f"csrc/cpu/{source.name}", f"{folder}/{name}/{source.stem}.o", *extra)
-
-    objects = tuple(step.output for step in steps)
-    module = f"{folder}/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    # Elsewhere Python's own symbols may stay open in a module; macOS wants to be told.
-    shared = ["-shared"]
-    if sys.platform == "darwin":
-        shared = ["-bundle", "-undefined", "dynamic_lookup"]
-    elif not sanitize:
-        shared.append("-s")
-    link = [*compiler.command, *shared, "-fopenmp", *checks, *user, *objects, "-o", module]
-    link += shlex.split(environ.get("LDFLAGS", ""))
-    return [*steps, Step(objects, module, tuple(link))]
+    record: dict[str, Any]
+    file: Path | None = None
+    failure: BuildError | None = None
 
 
-def _binding_headers() -> list[str]:
-    try:
-        import pybind11
-    except ImportError:
-        raise BuildError("pybind11 is not installed; install it, or use pip install") from None
-    paths = [pybind11.get_include(), sysconfig.get_path("include")]
-    return list(dict.fromkeys([*paths, sysconfig.get_path("platinclude")]))
+def build_modules(root: Path, packages: Sequence[Path], environ: Mapping[str, str]) -> None:
+    """Build what the environment asks for, and put it into each of the package folders.
 
-
-def ninja_text(steps: Sequence[Step]) -> str:
-    """Write the steps as a ninja file, with the headers that the compiler reports."""
-    lines = [
-        f"builddir = {_escape(str(Path(steps[-1].output).parent))}",
-        "rule compile",
-        "  command = $words -MMD -MF $out.d",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        "  command = $words",
-        "  description = link $out",
-    ]
-    for step in steps:
-        rule = "link" if step is steps[-1] else "compile"
-        inputs = " ".join(map(_escape, step.inputs))
-        lines.append(f"build {_escape(step.output)}: {rule} {inputs}")
-        lines.append(f"  words = {shlex.join(step.command).replace('$', '$$')}")
-    return "\n".join(lines) + "\n"
-
-
-def _escape(path: str) -> str:
-    return re.sub(r"([$ :])", r"$\1", path)
-
-
-def run_steps(steps: Sequence[Step], root: Path, environ: Mapping[str, str]) -> Path:
-    """Run the steps, with ninja only those that changed; return the module's path."""
-    ninja = find_ninja(environ)
-    folder = (root / steps[-1].output).parent
-    for step in steps:
-        (root / step.output).parent.mkdir(parents=True, exist_ok=True)
-    # Objects of sources that are gone would only mislead who looks into the folder.
-    for path in set(folder.rglob("*.o")) - {root / step.output for step in steps}:
-        path.unlink()
-    if ninja is None:
-        for step in steps:
-            print(f"compile {step.output}", flush=True)
-            _run(step.command, root, environ)
-    else:
-        (folder / "build.ninja").write_text(ninja_text(steps))
-        jobs = max_jobs(environ)
-        words = [ninja, "-f", str(folder / "build.ninja"), *([f"-j{jobs}"] if jobs else [])]
-        _run(words, root, environ)
-    return root / steps[-1].output
-
-
-def _run(command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> None:
-    lines = []
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**environ, "LC_ALL": "C"},  # "error:" is searched for below
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except OSError as error:
-        raise BuildError(f"{command[0]} could not be started ({error.strerror})") from None
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.strip())
-            print(line, end="", flush=True)
-    if process.returncode:
-        said = [line for line in lines if line] or ["no message"]
-        why = next((line for line in said if "error:" in line), said[-1])
-        raise BuildError(
-            f"compiling failed ({why}); to see all of it run pip install -v again "
-            "with MOE_KERNELS_BUILD=cpu"
-        )
-
-
-def build_cpu(root: Path, packages: Sequence[Path], environ: Mapping[str, str]) -> None:
-    """Build ``_cpu`` as the environment asks, and put it into each of the package folders.
-
-    Each folder also gets ``_build.json``, which says what happened. Where nothing was built, no
-    older module stays behind.
+    Each folder also gets ``_build.json``, which says what happened. Of a module that was not
+    built, no older one stays behind.
 
     Raises:
-        BuildError: for a wrong setting, and for a failed build under ``MOE_KERNELS_BUILD=cpu``.
+        BuildError: for a wrong setting; and under ``MOE_KERNELS_BUILD=cpu`` or ``cuda``, when
+            everything else is in place, for a module that failed.
     """
-    choice, sanitize = build_choice(environ), sanitizers(environ)
+    choice = build_choice(environ)
+    sanitizers(environ)
     max_jobs(environ)
-    record = {"built": False, "reason": "", "compiler": "", "isas": [], "sanitize": ""}
-    module = failure = None
-    try:
-        if choice == "none":
-            raise BuildError(
-                "MOE_KERNELS_BUILD was 'none' when it was installed; "
-                "set it to 'auto' and run pip install again"
-            )
-        compiler = find_compiler(environ)
-        record["compiler"] = compiler.name
-        steps = compile_steps(root, compiler, sanitize, environ)
-        module = run_steps(steps, root, environ)
-        record |= {"built": True, "isas": list(isas()), "sanitize": ",".join(sanitize)}
-    except BuildError as error:
-        failure = error
-        record["reason"] = str(error)
+    outcomes = {name: _outcome(name, choice, root, environ) for name in MODULES}
+    record = {name: outcome.record for name, outcome in outcomes.items()}
     for package in packages:
         package.mkdir(parents=True, exist_ok=True)
-        if module is None:
-            for old in package.glob("_cpu.*"):
-                if old.suffix in (".so", ".pyd"):
-                    old.unlink()
-        else:
-            # A process may have the old module open: put the new one beside it, then swap.
-            fresh = package / f"{module.name}.new"
-            shutil.copy2(module, fresh)
-            os.replace(fresh, package / module.name)
-        (package / "_build.json").write_text(json.dumps({"cpu": record}, indent=2) + "\n")
-    if failure is None:
-        print(f"moe_kernels._cpu: built by {record['compiler']} for {', '.join(isas())}")
-    elif choice == "cpu":
-        raise failure
-    else:
-        print(f"moe_kernels._cpu: not built, because {failure}")
+        for name, outcome in outcomes.items():
+            _place(MODULES[name][0], outcome.file, package)
+        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+    for outcome in outcomes.values():
+        if outcome.failure is not None and choice in ("cpu", "cuda"):
+            raise outcome.failure
+
+
+def _outcome(name: str, choice: str, root: Path, environ: Mapping[str, str]) -> Outcome:
+    module, build = MODULES[name]
+    record: dict[str, Any] = {"built": False, "reason": "", "compiler": "", "sanitize": ""}
+    reason = _not_asked_for(name, choice, environ)
+    if reason:
+        return Outcome(record | {"reason": reason})
+    try:
+        file = build(root, environ, record)
+    except BuildError as error:
+        print(f"moe_kernels.{module}: not built, because {error}", flush=True)
+        return Outcome(record | {"reason": str(error)}, failure=error)
+    made_for = ", ".join([*record.get("isas", ()), *record.get("archs", ())])
+    by = f"{record['compiler']} for {made_for}" if made_for else record["compiler"]
+    print(f"moe_kernels.{module}: built by {by}", flush=True)
+    return Outcome(record | {"built": True}, file)
+
+
+def _not_asked_for(name: str, choice: str, environ: Mapping[str, str]) -> str:
+    """Say what keeps the environment from asking for this module; empty when it asks."""
+    if name == "simulated" and not wants_simulated(environ):
+        return "it is for tests; set MOE_KERNELS_SIMULATED to 1 and run pip install again"
+    if choice == "none" or (choice == "cpu" and name == "cuda"):
+        return (
+            f"MOE_KERNELS_BUILD was {choice!r} when it was installed; "
+            "set it to 'auto' and run pip install again"
+        )
+    return ""
+
+
+def _place(module: str, file: Path | None, package: Path) -> None:
+    if file is None:
+        for old in package.glob(f"{module}.*"):
+            if old.suffix in (".so", ".pyd"):
+                old.unlink()
+        return
+    # A process may have the old module open: put the new one beside it, then swap.
+    fresh = package / f"{file.name}.new"
+    shutil.copy2(file, fresh)
+    os.replace(fresh, package / file.name)

@@ -14,10 +14,11 @@ from pathlib import Path
 CHOICES = ("auto", "cpu", "cuda", "none")
 SANITIZERS = ("address", "undefined")
 COMPILERS = ("c++", "g++", "clang++")
+LAUNCHERS = ("ccache", "sccache", "distcc")
 
 
 class BuildError(Exception):
-    """The module cannot be built; the text is the reason and what to do about it."""
+    """A module cannot be built; the text is the reason and what to do about it."""
 
 
 def build_choice(environ: Mapping[str, str]) -> str:
@@ -25,9 +26,12 @@ def build_choice(environ: Mapping[str, str]) -> str:
     choice = environ.get("MOE_KERNELS_BUILD") or "auto"
     if choice not in CHOICES:
         raise BuildError(f"MOE_KERNELS_BUILD is {choice!r}; expected {', '.join(CHOICES)}.")
-    if choice == "cuda":
-        raise BuildError("MOE_KERNELS_BUILD is 'cuda', but this version has no CUDA kernels.")
     return choice
+
+
+def wants_simulated(environ: Mapping[str, str]) -> bool:
+    """Read ``MOE_KERNELS_SIMULATED``: whether to build the CUDA kernels for a simulated GPU."""
+    return environ.get("MOE_KERNELS_SIMULATED") == "1"
 
 
 def sanitizers(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -56,6 +60,11 @@ class Compiler:
 
     command: tuple[str, ...]
     name: str
+
+    @property
+    def program(self) -> str:
+        """The compiler itself, without what starts it and without flags."""
+        return next(word for word in self.command if Path(word).name not in LAUNCHERS)
 
 
 def find_compiler(environ: Mapping[str, str]) -> Compiler:

@@ -1,4 +1,4 @@
-"""What the build of the C++ module left behind: whether it was built, and if not, why."""
+"""What the build left behind: which compiled modules there are, and why others are missing."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,11 @@ _RECORD = Path(__file__).with_name("_build.json")
 
 
 def build_record() -> dict[str, Any]:
-    """Return the record of the build by module name; empty where nothing was ever installed.
+    """Return the record of the build; empty where nothing was ever installed.
 
-    An entry has ``built``, ``reason`` (why not), ``compiler``, ``isas`` and ``sanitize``.
+    Its entries are ``cpu``, ``cuda`` and ``simulated``, the last for ``_cuda_simulated``. Each has
+    ``built``, ``reason`` (why not), ``compiler`` and ``sanitize``; a built ``cpu`` also ``isas``, a
+    built ``cuda`` also ``archs``.
     """
     if not _RECORD.exists():
         return {}
@@ -19,7 +21,7 @@ def build_record() -> dict[str, Any]:
 
 
 def why_not_built(module: str) -> str:
-    """Say why ``moe_kernels._<module>`` cannot be imported, and what to do about it."""
+    """Say why the module of that entry cannot be imported, and what to do about it."""
     record = build_record()
     if not record:
         return "was not built: this is a source tree that was never installed; run pip install -e ."

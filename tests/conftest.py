@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     # Without a GPU the Triton kernels run in Triton's interpreter, which it decides when imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # And the CUDA kernels on a simulated GPU.
+    os.environ.setdefault("MOE_KERNELS_SIMULATED_GPU", "1")
 
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -20,7 +22,7 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         with torch.no_grad():
             if out.is_floating_point():
                 out.fill_(float("nan"))
-            elif out.dtype in (torch.int16, torch.int32, torch.int64):
+            elif out.dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
                 out.fill_(torch.iinfo(out.dtype).max)
         return out
 

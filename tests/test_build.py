@@ -1,6 +1,7 @@
-"""The build of the C++ module: settings, records, ninja or not, and no code shared between ISAs.
+"""The build of the modules: settings, records, ninja or not, and no code shared between ISAs.
 
-What compiles does so on a tiny tree of its own, with the Python C API instead of pybind11.
+What compiles does so on a tiny tree of its own; see ``build_trees.py``. The CUDA kernels are in
+``test_build_cuda.py``.
 """
 
 import json
@@ -11,95 +12,29 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
+import build_cpu
+import build_native
+import build_steps
+import build_tools
 import pytest
+from build_tools import BuildError
 
 from moe_kernels import build_info
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "csrc"))
-
-import build_native  # noqa: E402
-import build_tools  # noqa: E402
-from build_tools import BuildError  # noqa: E402
-
-BINDINGS = """
-#include <Python.h>
-namespace moe::baseline { const char* name(); }
-#ifdef MOE_HAS_AVX512
-namespace moe::avx2 { const char* name(); }
-namespace moe::avx512 { const char* name(); }
-#endif
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", "", -1, {}, {}, {}, {}, {}};
-PyMODINIT_FUNC PyInit__cpu() {
-  PyObject* m = PyModule_Create(&module);
-  PyModule_AddStringConstant(m, "first", moe::baseline::name());
-#ifdef MOE_HAS_AVX512
-  PyModule_AddStringConstant(m, "last", moe::avx512::name());
-#endif
-  return m;
-}
-"""
-KERNEL = """
-#include "cpu/text.hpp"
-namespace moe::MOE_ISA { const char* name() { return TEXT(MOE_ISA); } }
-"""
-HEADER = "#define TEXT_OF(x) #x\n#define TEXT(x) TEXT_OF(x)\n"
-
-
-def found(choose) -> bool:
-    try:
-        return bool(choose(os.environ))
-    except BuildError:
-        return False
-
-
-needs_compiler = pytest.mark.skipif(
-    not found(build_tools.find_compiler) or find_spec("pybind11") is None,
-    reason="needs a C++ compiler and pybind11",
-)
+from .build_trees import HEADER, ROOT, environment, found, make_tree, needs_compiler, run
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Make a project with the layout of this one and next to nothing in it."""
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    for name in ("__init__.py", "build_info.py"):
-        (tmp_path / "moe_kernels").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "moe_kernels" / name, tmp_path / "moe_kernels")
-    (tmp_path / "moe_kernels" / "__init__.py").write_text("")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("build_native.py", "build_tools.py"):
-        shutil.copy(ROOT / "csrc" / name, tmp_path / "csrc")
-    (tmp_path / "csrc" / "bindings.cpp").write_text(BINDINGS)
-    (tmp_path / "csrc" / "cpu" / "kernel.cpp").write_text(KERNEL)
-    (tmp_path / "csrc" / "cpu" / "text.hpp").write_text(HEADER)
-    return tmp_path
-
-
-def environment(**settings: str) -> dict[str, str]:
-    """Return the process's environment without the settings of whoever runs the tests."""
-    ours = ("MOE_KERNELS_", "CXXFLAGS", "LDFLAGS", "LD_PRELOAD", "MAX_JOBS", "ASAN_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | settings
+    return make_tree(tmp_path)
 
 
 def build(tree: Path, **settings: str) -> dict:
-    build_native.build_cpu(tree, [tree / "moe_kernels"], environment(**settings))
+    build_native.build_modules(tree, [tree / "moe_kernels"], environment(**settings))
     return json.loads((tree / "moe_kernels" / "_build.json").read_text())["cpu"]
-
-
-def run(tree: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=tree,
-        env=environment(**settings),
-        capture_output=True,
-        text=True,
-    )
 
 
 def load(folder: Path) -> str:
@@ -110,7 +45,7 @@ def load(folder: Path) -> str:
     return result.stdout.strip()
 
 
-EXPECTED = "baseline avx512" if "avx512" in build_native.isas() else "baseline"
+EXPECTED = "baseline avx512" if "avx512" in build_cpu.isas() else "baseline"
 
 
 # Settings
@@ -119,6 +54,9 @@ EXPECTED = "baseline avx512" if "avx512" in build_native.isas() else "baseline"
 def test_settings_are_read():
     assert build_tools.build_choice({}) == "auto"
     assert build_tools.build_choice({"MOE_KERNELS_BUILD": "none"}) == "none"
+    assert build_tools.build_choice({"MOE_KERNELS_BUILD": "cuda"}) == "cuda"
+    assert not build_tools.wants_simulated({})
+    assert build_tools.wants_simulated({"MOE_KERNELS_SIMULATED": "1"})
     assert build_tools.sanitizers({}) == ()
     both = {"MOE_KERNELS_SANITIZE": "undefined, address"}
     assert build_tools.sanitizers(both) == ("address", "undefined")
@@ -130,7 +68,6 @@ def test_settings_are_read():
     ("read", "name", "value", "message"),
     [
         ("build_choice", "MOE_KERNELS_BUILD", "gpu", "is 'gpu'; expected auto, cpu, cuda, none"),
-        ("build_choice", "MOE_KERNELS_BUILD", "cuda", "this version has no CUDA kernels"),
         ("sanitizers", "MOE_KERNELS_SANITIZE", "address,x", "'x'; expected a list of address, und"),
         ("max_jobs", "MAX_JOBS", "many", "'many'; expected a positive integer"),
         ("max_jobs", "MAX_JOBS", "0", "'0'; expected a positive integer"),
@@ -142,23 +79,23 @@ def test_wrong_settings_are_named(read, name, value, message):
 
 
 def test_isas_of_an_architecture():
-    assert build_native.isas("x86_64") == build_native.isas("AMD64")
-    assert build_native.isas("x86_64") == ("baseline", "avx2", "avx512")
-    assert build_native.isas("aarch64") == build_native.isas("arm64") == ("baseline",)
-    assert "-march=native" not in str(build_native.ISA_FLAGS)
+    assert build_cpu.isas("x86_64") == build_cpu.isas("AMD64")
+    assert build_cpu.isas("x86_64") == ("baseline", "avx2", "avx512")
+    assert build_cpu.isas("aarch64") == build_cpu.isas("arm64") == ("baseline",)
+    assert "-march=native" not in str(build_cpu.ISA_FLAGS)
 
 
 # Steps and the ninja file
 
 
 def steps(tree: Path, monkeypatch: pytest.MonkeyPatch, sanitize=(), **settings: str):
-    monkeypatch.setattr(build_native, "_binding_headers", lambda: ["headers"])
+    monkeypatch.setattr(build_cpu, "binding_flags", lambda: ["headers"])
     compiler = build_tools.Compiler(("ccache", "g++"), "g++ 12")
-    return build_native.compile_steps(tree, compiler, sanitize, settings)
+    return build_cpu.compile_steps(tree, compiler, sanitize, settings)
 
 
 def test_steps_compile_each_kernel_once_an_isa(tree, monkeypatch):
-    monkeypatch.setattr(build_native, "isas", lambda: tuple(build_native.ISA_FLAGS))
+    monkeypatch.setattr(build_cpu, "isas", lambda: tuple(build_cpu.ISA_FLAGS))
     bindings, baseline, avx2, avx512, link = steps(tree, monkeypatch, CXXFLAGS="-DUSER=1")
     assert bindings.command[:2] == ("ccache", "g++")
     assert {"-DMOE_HAS_AVX2=1", "-DMOE_HAS_AVX512=1", "headers"} <= set(bindings.command)
@@ -182,10 +119,10 @@ def test_sanitized_objects_live_apart(tree, monkeypatch):
 
 
 def test_ninja_text_escapes_and_asks_for_headers():
-    text = build_native.ninja_text(
+    text = build_steps.ninja_text(
         [
-            build_native.Step(("a b.cpp",), "out/a.o", ("c++", "-DX=$1", "-c", "a b.cpp")),
-            build_native.Step(("out/a.o",), "out/m.so", ("c++", "-shared", "out/a.o")),
+            build_steps.Step(("a b.cpp",), "out/a.o", ("c++", "-DX=$1", "-c", "a b.cpp")),
+            build_steps.Step(("out/a.o",), "out/m.so", ("c++", "-shared", "out/a.o")),
         ]
     )
     assert "build out/a.o: compile a$ b.cpp\n  words = c++ '-DX=$$1' -c 'a b.cpp'\n" in text
@@ -204,7 +141,7 @@ def test_reasons_say_what_to_do(tmp_path, monkeypatch):
     assert build_info.why_not_built("cpu").endswith("never installed; run pip install -e .")
     record.write_text(json.dumps({"cpu": {"built": False, "reason": "of rain; wait"}}))
     assert build_info.why_not_built("cpu") == "was not built: of rain; wait"
-    assert "no cuda module" in build_info.why_not_built("cuda")
+    assert "no other module" in build_info.why_not_built("other")
     record.write_text(json.dumps({"cpu": {"built": True, "reason": ""}}))
     assert "not for this Python" in build_info.why_not_built("cpu")
 
@@ -236,11 +173,11 @@ def test_builds_and_sees_changed_headers(tree, monkeypatch, with_ninja):
     if with_ninja and not found(build_tools.find_ninja):
         pytest.skip("needs ninja")
     if not with_ninja:
-        monkeypatch.setattr(build_native, "find_ninja", lambda environ: None)
+        monkeypatch.setattr(build_steps, "find_ninja", lambda environ: None)
     record = build(tree, MAX_JOBS="1")
     assert record["built"], record
     assert re.match(r"\S+ \d+\.\d+", record["compiler"])
-    assert record["isas"] == list(build_native.isas())
+    assert record["isas"] == list(build_cpu.isas())
     assert record["sanitize"] == record["reason"] == ""
     assert load(tree) == EXPECTED
 
@@ -333,16 +270,16 @@ def test_shared_symbols_are_found(tree):
         "namespace moe::MOE_ISA { auto address() { return &next; } }\n"
     )
     build(tree)
-    folder = tree / build_native.build_folder(()) / "baseline"
+    folder = tree / build_steps.build_folder("cpu") / "baseline"
     assert shared_symbols(folder / "kernel.o", "baseline") == []
     assert shared_symbols(folder / "kernel.o", "avx2") == ["moe::baseline::name()"]
     assert shared_symbols(folder / "inline.o", "baseline") == ["moe::next(int)"]
 
 
 @needs_nm
-@pytest.mark.parametrize("isa", build_native.isas())
+@pytest.mark.parametrize("isa", build_cpu.isas())
 def test_kernels_share_no_code_between_isas(isa):
-    objects = sorted((ROOT / build_native.build_folder(()) / isa).glob("*.o"))
+    objects = sorted((ROOT / build_steps.build_folder("cpu") / isa).glob("*.o"))
     if not objects:
         pytest.skip("the C++ module was not built in this tree")
     for path in objects:

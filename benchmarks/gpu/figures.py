@@ -8,6 +8,7 @@
 ``<mode>.tflops``           arithmetic of the activated products over our time
 ``<mode>.copy_share``       time of a copy that moves as many bytes over ours
 ``<mode>.best``             time of the fastest plain alternative over ours
+``<mode>.cuda_speedup``     time of ours by the Triton backend over that by the CUDA backend
 ``<mode>.dense_share``      our time over that of a dense MLP of the same activated FLOPs
 ``saved_share.<p>``         bytes that ours keeps for the backward over those of provider p
 ``host_syncs``              how often one of our calls makes the host wait
@@ -17,7 +18,7 @@
 
 from typing import Any
 
-from benchmarks.entry import Entry, Stage
+from benchmarks.entry import BY_BACKEND, Entry, Stage
 from benchmarks.gpu.limits import Limits
 
 
@@ -42,6 +43,9 @@ def figures_of(
         ]
         if plain:
             figures[f"{mode}.best"] = min(plain)
+        if found["times"].keys() >= set(BY_BACKEND):
+            cuda, triton = (found["times"][name]["median"] for name in BY_BACKEND)
+            figures[f"{mode}.cuda_speedup"] = triton / cuda
         if "dense_limit" in found["ratios"]:
             figures[f"{mode}.dense_share"] = 1 / found["ratios"]["dense_limit"]["median"]
         figures |= _in_graphs(mode, found["graph"])

@@ -149,7 +149,8 @@ def _compared(
             runs[name] = built
         seconds[name] = bench.now() - began
     hold_ours_to_plain(stage, verdicts, entry.torch_dtype)
-    return {name: runs[name] for name in entry.providers if name in runs}, verdicts, seconds
+    timed = {name: runs[name] for name in entry.providers if verdicts[name].timed}
+    return timed, verdicts, seconds
 
 
 def _time(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import moe_kernels as mk
 from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
-from benchmarks.stages.common import generator_on, leaf, normal, separated_tokens
+from benchmarks.stages.common import by_backend, generator_on, leaf, normal, separated_tokens
 
 
 def route(shape: Shape, logits: Tensor, backend: str | None = None) -> mk.RoutingPlan:
@@ -112,6 +112,7 @@ STAGE = Stage(
         "gather_sum": Provider(_plain(gather_sum), "gather by row_indices, scale, sum over K"),
         "embedding_bag": Provider(_plain(embedding_bag), "F.embedding_bag over the rows"),
         "reference": Provider(_library("reference"), "moe_kernels, reference backend"),
+        **by_backend(_library),
         "ours": Provider(_library(None), "moe_kernels", kind="ours"),
     },
     cost,

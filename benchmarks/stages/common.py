@@ -6,11 +6,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.entry import CPU
+import moe_kernels as mk
+from benchmarks.entry import BY_BACKEND, CPU, Inputs, Provider, Run
+from moe_kernels.backends import BACKENDS
 
 # Smallest relative gap between the last chosen and the first rejected affinity. fp32 routers err
 # by about 1e-6 at hidden size 768, and a comparison of selections needs one right answer.
 MIN_GAP = 1e-5
+# How far a token is moved away from a narrow boundary, in its own standard deviations.
+STEP = 1 / 32
+
+
+def by_backend(library: Callable[[str | None], Callable[[Inputs], Run]]) -> dict[str, Provider]:
+    """The providers ``BY_BACKEND``; an interpreter or simulator of their kernels is not timed.
+
+    Args:
+        library: from a backend's name to the ``build`` of a provider.
+    """
+
+    def provider(backend: str) -> Provider:
+        def build(inputs: Inputs) -> Run:
+            device_type = next(iter(inputs.leaves.values())).device.type
+            if device_type in BACKENDS[backend].on_request:
+                raise mk.BackendUnavailable(f"{backend} would only be emulated on {device_type}")
+            return library(backend)(inputs)
+
+        return Provider(build, f"moe_kernels, {backend} backend", kind="backend")
+
+    return {name: provider(name.removeprefix("ours:")) for name in BY_BACKEND}
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -52,13 +75,16 @@ def separated_tokens(
     generator: torch.Generator,
     num_groups: int = 0,
 ) -> Tensor:
-    """The tokens, some drawn again, so that no boundary of a top-``count`` is narrow.
+    """The tokens, some moved a little, so that no boundary of a top-``count`` is narrow.
+
+    A token that was drawn anew would cross boundaries of other experts, and in a pool of a million
+    tokens one of them would always be narrow.
 
     Args:
         tokens: (T, ·) normal numbers: logits or hidden states.
         affinity_of: their (T, E) affinities in fp64.
         count: K, or C when experts choose.
-        generator: of the numbers drawn again.
+        generator: of the moves.
         num_groups: G when experts choose inside groups; 0 when tokens choose.
     """
     for _ in range(200):
@@ -69,9 +95,9 @@ def separated_tokens(
         if not bool(narrow.any()):
             return tokens
         tokens = tokens.clone()
-        drawn = normal(generator, int(narrow.sum()), *tokens.shape[1:], dtype=tokens.dtype)
-        tokens[narrow] = drawn
-    raise AssertionError("no draw gives a selection that rounding cannot change")
+        moves = normal(generator, int(narrow.sum()), *tokens.shape[1:], dtype=tokens.dtype)
+        tokens[narrow] += STEP * moves
+    raise AssertionError("no move gives a selection that rounding cannot change")
 
 
 def _narrow(affinity: Tensor, count: int, num_groups: int) -> Tensor:

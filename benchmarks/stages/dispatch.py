@@ -7,7 +7,7 @@ from torch import Tensor
 
 import moe_kernels as mk
 from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
-from benchmarks.stages.common import generator_on, leaf, normal
+from benchmarks.stages.common import by_backend, generator_on, leaf, normal
 
 
 def make_inputs(
@@ -37,6 +37,10 @@ def _build(
     return build
 
 
+def _library(backend: str | None) -> Callable[[Inputs], Run]:
+    return _build(lambda x, plan: mk.dispatch(x, plan, backend=backend))
+
+
 def cost(shape: Shape, itemsize: int, mode: str) -> Cost:
     """Tokens read once and rows written once; backward the other way round."""
     tokens, rows = shape["T"] * shape["D"], shape["T"] * shape["K"] * shape["D"]
@@ -55,11 +59,9 @@ STAGE = Stage(
         "index_select": Provider(
             _build(lambda x, plan: x.index_select(0, plan.token_indices)), "x.index_select"
         ),
-        "reference": Provider(
-            _build(lambda x, plan: mk.dispatch(x, plan, backend="reference")),
-            "moe_kernels, reference backend",
-        ),
-        "ours": Provider(_build(lambda x, plan: mk.dispatch(x, plan)), "moe_kernels", kind="ours"),
+        "reference": Provider(_library("reference"), "moe_kernels, reference backend"),
+        **by_backend(_library),
+        "ours": Provider(_library(None), "moe_kernels", kind="ours"),
     },
     cost,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 import moe_kernels as mk
 from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
 from benchmarks.stages.common import (
+    by_backend,
     count_tokens,
     generator_on,
     leaf,
@@ -194,6 +195,7 @@ STAGE = Stage(
         "tuned": Provider(_plain(tuned), "the same over contiguous tokens, no softmax"),
         "compiled": Provider(_compiled, "eager under torch.compile", compiled=True),
         "reference": Provider(_library("reference"), "moe_kernels, reference backend"),
+        **by_backend(_library),
         "ours": Provider(_library(None), "moe_kernels", kind="ours"),
     },
     cost,

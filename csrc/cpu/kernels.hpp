@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../routing.hpp"
+
 namespace moe {
 
 // The matrix products are done by the BLAS that PyTorch already loaded; Python hands over the
@@ -21,33 +23,7 @@ struct Blas {
 };
 extern Blas blas;
 
-enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-enum class Affinity : int { softmax = 0, sigmoid = 1, identity = 2 };
 enum class Activation : int { gelu_tanh = 0, gelu = 1, swiglu = 2 };
-
-// Offsets of the int32 outputs of a router inside their one buffer (one allocation instead of
-// eight: at T = 256 allocations would take most of the time). moe_kernels/backends/cpu/pack.py
-// cuts the same buffer.
-struct PlanLayout {
-  int64_t token_indices, row_indices, row_experts, row_offsets, expert_offsets, tokens_per_expert;
-  int64_t histogram, group_counts, expert_indices;
-
-  __attribute__((always_inline)) PlanLayout(int64_t tokens, int64_t experts, int64_t groups,
-                                            int64_t rows)
-      : token_indices(0),
-        row_indices(rows),
-        row_experts(2 * rows),
-        row_offsets(3 * rows),
-        expert_offsets(row_offsets + tokens + 1),
-        tokens_per_expert(expert_offsets + experts + 1),
-        histogram(tokens_per_expert + experts),
-        group_counts(histogram + experts + 1),
-        expert_indices(group_counts + groups * experts) {}
-};
-
-// `terms`: the balance loss of each group averaged, the mean entropy of the routing distribution,
-// then that distribution's mean over the tokens, (2 + E,).
-enum Term : int { kBalancePerGroup = 0, kEntropy = 1, kMeanProb = 2 };
 
 struct RouteArgs {
   Dtype dtype;         // f32 or f64

@@ -23,10 +23,13 @@ class Stages:
     Attributes:
         backend: whose variants of the ops are called.
         has_fp64: whether its kernels take fp64; if not, the reference serves fp64 tensors.
+        largest_experts: the largest E of its routing kernels; the reference routes over more.
+            ``None`` is no limit.
     """
 
     backend: str
     has_fp64: bool
+    largest_experts: int | None = None
 
     def implementations(self) -> dict[str, Callable[..., Any]]:
         """Stage functions by the names of ``backends.OPS``."""
@@ -47,9 +50,13 @@ class Stages:
     def _serves(self, dtype: torch.dtype) -> bool:
         return self.has_fp64 or dtype != torch.float64
 
+    def _routes(self, router_logits: Tensor) -> bool:
+        few = self.largest_experts is None or router_logits.shape[1] <= self.largest_experts
+        return few and self._serves(router_logits.dtype)
+
     def router_probs(self, router_logits: Tensor, affinity: str) -> Tensor:
         """(T, E) affinities, to the bit those that the routing kernels select by."""
-        if not self._serves(router_logits.dtype):
+        if not self._routes(router_logits):
             return reference.compute_affinity(router_logits, affinity)
         return route_ops.affinity[self.backend](router_logits, affinity)
 
@@ -68,7 +75,7 @@ class Stages:
         check_finite: bool,
     ) -> RoutingPlan:
         """See ``moe_kernels.token_choice``."""
-        if not self._serves(router_logits.dtype):
+        if not self._routes(router_logits):
             return reference.token_choice(
                 router_logits,
                 top_k=top_k,
@@ -109,7 +116,7 @@ class Stages:
         check_finite: bool,
     ) -> RoutingPlan:
         """See ``moe_kernels.expert_choice``."""
-        if not self._serves(router_logits.dtype):
+        if not self._routes(router_logits):
             return reference.expert_choice(
                 router_logits,
                 capacity=capacity,

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+import moe_kernels as mk
 from benchmarks import output, run
-from benchmarks.entry import CPU, FigureGoal
+from benchmarks.check import judge
+from benchmarks.entry import BY_BACKEND, CPU, FigureGoal, Run
 from benchmarks.gpu import figures, hardware, runner, summary, table
 from benchmarks.registry import SUITES, find_entry
 from benchmarks.registry_gpu import GPU_ENTRIES
@@ -15,6 +17,7 @@ from benchmarks.report import markdown
 from benchmarks.runner import Settings, failed
 from benchmarks.stages import STAGES
 from benchmarks.stages.common import MIN_GAP, gap, generator_on, normal, separated_tokens
+from moe_kernels.backends import BACKENDS
 
 QUICK = Settings(repeats=5, seconds=0, compiled=False)
 LIBRARIES = {"liger", "moe_ops"}
@@ -69,7 +72,7 @@ def test_every_provider_is_right_and_timed(smoke):
     assert stages == {entry.stage for entry in GPU_ENTRIES}
     for result in document["entries"]:
         for name, verdict in result["providers"].items():
-            skipped = name in LIBRARIES or name.endswith("compiled")
+            skipped = name in (*LIBRARIES, *BY_BACKEND) or name.endswith("compiled")
             expected = {"skipped"} if skipped else {"ok", "limit"}
             assert verdict["status"] in expected, (result["name"], name, verdict)
         assert result["truth"] == "fp64"
@@ -86,6 +89,51 @@ def test_a_missing_library_is_skipped_with_the_reason(smoke):
     result = next(r for r in smoke[2]["entries"] if r["stage"] == "dit_moe_layer")
     for name in LIBRARIES:
         assert "ModuleNotFoundError: No module named" in result["providers"][name]["reason"]
+
+
+@pytest.mark.parametrize("provider", BY_BACKEND)
+@pytest.mark.parametrize("stage", ["expert_choice", "token_choice", "dispatch", "combine"])
+def test_each_backend_by_itself_is_compared_and_never_timed_in_an_emulator(
+    monkeypatch, stage, provider
+):
+    entry = next(
+        entry
+        for entry in SUITES["gpu-smoke"]
+        if entry.stage == stage and provider in entry.providers
+    )
+    inputs = STAGES[stage].make_inputs(entry.shape, entry.torch_dtype)
+    name = provider.removeprefix("ours:")
+    known = BACKENDS[name]
+    if "cpu" in known.on_request:
+        with pytest.raises(mk.BackendUnavailable, match=f"{name} would only be emulated on cpu"):
+            STAGES[stage].providers[provider].build(inputs)
+    if (reason := known.why_not(stage, "cpu")) is not None:
+        pytest.skip(f"the {name} backend {reason}")
+    monkeypatch.setitem(BACKENDS, name, replace(known, device_types=("cpu",), on_request=()))
+    runs: dict[str, Run | str] = {provider: STAGES[stage].providers[provider].build(inputs)}
+    verdict = judge(STAGES[stage], inputs, runs, entry.torch_dtype)[provider]
+    assert verdict.status == "ok", verdict.reason
+    wrong = replace(runs[provider], call=lambda: tuple(o.flip(0) for o in runs[provider].call()))
+    verdict = judge(STAGES[stage], inputs, {provider: wrong}, entry.torch_dtype)[provider]
+    assert verdict.status == "wrong"
+
+
+def test_a_backend_that_is_wrong_makes_the_run_fail_and_is_not_timed(monkeypatch):
+    entry = small("gpu_dispatch/T8192-D1152")
+    stage = STAGES[entry.stage]
+
+    def build(inputs):
+        good = stage.providers["ours"].build(inputs)
+        return replace(good, call=lambda: tuple(out * 1.01 for out in good.call()))
+
+    wrong = replace(stage.providers["ours:cuda"], build=build)
+    providers = {**stage.providers, "ours:cuda": wrong}
+    monkeypatch.setitem(STAGES, entry.stage, replace(stage, providers=providers))
+    result = runner.run_entry(entry, runner.Bench.on(CPU, QUICK))
+    assert result["providers"]["ours:cuda"]["status"] == "wrong"
+    assert failed(result)
+    assert "ours:cuda" not in result["modes"]["forward"]["times"]
+    assert "ours" in result["modes"]["forward"]["times"]
 
 
 def test_a_library_is_called_as_it_wants_and_compared(monkeypatch):
@@ -124,7 +172,7 @@ def test_ours_that_is_wrong_is_not_timed(monkeypatch):
     result = runner.run_entry(entry, runner.Bench.on(CPU, QUICK))
     assert failed(result)
     assert result["modes"] == {}
-    (row,) = table.rows(result)
+    (row,) = [row for row in table.rows(result) if "skipped" not in row]
     assert "FAIL" in row
     assert "FAIL" in list(summary.lines([result]))[1]
 
@@ -266,7 +314,7 @@ def test_hardware_is_read_from_nvidia_smi():
 
 
 @pytest.mark.parametrize("groups", [0, 4])
-def test_narrow_boundaries_are_drawn_again(groups):
+def test_narrow_boundaries_are_widened(groups):
     generator = generator_on()
     tokens = normal(generator, 64, 6)
     tokens[:, 1:] = tokens[:, :1]  # all equal: every boundary is as narrow as can be

@@ -1,6 +1,7 @@
 """Every test of the stages runs on each backend that this machine has.
 
-Without a GPU the Triton backend runs in Triton's interpreter: its kernels, on CPU tensors.
+Without a GPU the Triton backend runs in Triton's interpreter, and the CUDA backend on a simulated
+GPU: their kernels, on CPU tensors.
 """
 
 import os
@@ -21,10 +22,14 @@ if INTERPRETED and WHY_NOT_TRITON is None:
     install()
 
 
+# The CUDA backend routes and moves rows; the rest of a layer is another's.
+ASKED_FOR = {"cuda": "cuda,reference"}
+
+
 def _backends() -> list[object]:
     params: list[object] = ["reference"]
-    for name in ("cpu", "triton"):
-        reason = BACKENDS[name].why_not("expert_mlp", "cpu")
+    for name in ("cpu", "triton", "cuda"):
+        reason = BACKENDS[name].why_not("expert_choice", "cpu")
         marks = [] if reason is None else [pytest.mark.skip(reason=f"the {name} backend {reason}")]
         params.append(pytest.param(name, marks=marks))
     return params
@@ -34,7 +39,7 @@ def _backends() -> list[object]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backend that serves the test; tests of one backend override this fixture."""
     torch._dynamo.reset()
-    with mk.use_backend(request.param):
+    with mk.use_backend(ASKED_FOR.get(request.param, request.param)):
         yield request.param
 
 

@@ -252,8 +252,8 @@ def test_two_runs_are_equal_bit_for_bit():
 
 
 def test_differentiating_twice_is_an_error_and_never_wrong(backend):
-    if backend == "reference":
-        pytest.skip("the reference can be differentiated twice")
+    if backend in ("reference", "cuda"):
+        pytest.skip("the reference's expert_mlp can be differentiated twice")
     plan = make_plan("token_choice", torch.float32)
     weights = {n: w.detach().float() for n, w in make_weights("gelu", True).items()}
     x = torch.randn(8, HIDDEN, requires_grad=True)

@@ -1,0 +1,1 @@
+"""CUDA kernels compiled for GPUs that are not here, and what the compiler says of them."""

@@ -1,0 +1,195 @@
+// How expert choice is cut into blocks, and where its workspace lies.
+#include <algorithm>
+
+#include "expert_choice_long.hpp"
+#include "launch.hpp"
+#include "workspace.hpp"
+
+namespace moe::cuda {
+
+namespace {
+
+bool is_long(int64_t group_size, TeamChoice choice) {
+  return group_size > kLongestPool || choice == TeamChoice::chunks;
+}
+
+// Tokens of a long pool that a block counts at a time: enough for every processor to have eight
+// chunks, unless what a chunk costs beside its tokens (2048 counts) would then matter.
+int32_t chunk_of(int64_t tokens, int64_t experts, int64_t group_size, int device) {
+  const int64_t wanted = tokens * experts / (int64_t{8} * limits_of(device).processors);
+  int32_t chunk = group_size > kLongestPool ? 2048 : 64;
+  while (chunk < 8192 && 2 * chunk <= wanted) chunk *= 2;
+  return chunk;
+}
+
+struct Parts {
+  float* affinities;
+  uint32_t* taken;
+  int32_t* before;
+  double *block_sums, *team_sums;
+  int32_t *counts, *of_chunk, *above, *chunk_taken;
+};
+
+int64_t most_blocks(int device) {
+  // Eight blocks of 256 threads fill a processor of any GPU.
+  return int64_t{8} * limits_of(device).processors;
+}
+
+Parts cut_workspace(Workspace& space, int64_t tokens, int64_t experts, int64_t groups,
+                    TeamChoice choice, int device) {
+  const int64_t size = tokens / groups, words = (size + 31) / 32;
+  const int64_t sums = most_blocks(device) * (2 * experts + 4);
+  Parts parts = {};
+  parts.block_sums = space.take<double>(sums);
+  parts.team_sums = space.take<double>(sums);
+  parts.affinities = space.take<float>(tokens * experts);
+  parts.taken = space.take<uint32_t>(groups * words * experts);
+  parts.before = space.take<int32_t>(groups * words * experts);
+  if (is_long(size, choice)) {
+    const int64_t chunk = chunk_of(tokens, experts, size, device);
+    const int64_t pools = groups * experts, chunks = (size + chunk - 1) / chunk;
+    parts.counts = space.take<int32_t>(kPasses * pools * kLongDigits);
+    parts.of_chunk = space.take<int32_t>(pools * chunks * kLastDigits);
+    parts.above = space.take<int32_t>(pools * chunks);
+    parts.chunk_taken = space.take<int32_t>(pools * chunks * 2);
+  }
+  return parts;
+}
+
+// Tokens that a block turns from rows into columns at a time.
+int tile_of(const TokenShape& shape, int threads, int64_t shared_bytes) {
+  const int slots = threads / shape.lanes;
+  int tile = std::max(32, slots);
+  while (tile > slots && int64_t{4} * shape.experts * (tile + 1) > shared_bytes) tile /= 2;
+  return tile;
+}
+
+int64_t common_bytes(const ExpertChoiceArgs& args, int threads) {
+  const int64_t tile = int64_t{4} * args.shape.experts * (args.tile + 1);
+  return std::max({tile, sums_bytes(args.shape.experts, threads),
+                   columns_bytes<double>(2 * args.shape.experts + 4, threads),
+                   int64_t{4} * (args.shape.experts + 1)});
+}
+
+template <class Kernel, Team kTeam>
+void launch_teams(const Device& device, const typename Kernel::Args& args, Grid grid) {
+  const int64_t resident =
+      int64_t{limits_of(device.index).processors} *
+      resident_blocks<Kernel, kTeam>(device.index, grid.threads, grid.shared_bytes);
+  const int64_t most = std::min(resident, most_blocks(device.index));
+  if (kTeam == Team::grid) {
+    grid.team_size = std::min(grid.team_size, most);  // all of them have to run at once
+  } else {
+    grid.teams = std::min(grid.teams, std::max<int64_t>(most / grid.team_size, 1));
+  }
+  launch<Kernel, kTeam>(device, grid, args);
+}
+
+template <int V>
+void launch_short(const Device& device, const ExpertChoiceArgs& args, TeamChoice choice) {
+  using Kernel = ExpertChoiceShort<V>;
+  const Limits limits = limits_of(device.index);
+  const int threads = Kernel::kThreads;
+  Grid grid = {args.groups, 1, threads, 0};
+  grid.shared_bytes = std::max(common_bytes(args, threads), Kernel::shared_bytes(args, threads));
+  // As many blocks as have a tile of tokens each.
+  const int64_t useful = (args.group_size + args.tile - 1) / args.tile;
+  int64_t cluster = 1;
+  while (2 * cluster <= std::min<int64_t>(limits.largest_cluster, useful)) cluster *= 2;
+  if (choice == TeamChoice::automatic) {
+    // A cluster waits in a fraction of the time that the grid does, but a few of them leave most
+    // of the GPU idle.
+    const bool fills = 2 * args.groups * cluster >= limits.processors;
+    const bool small = args.groups * useful <= 2 * limits.largest_cluster;
+    choice = fills || small ? TeamChoice::cluster : TeamChoice::grid;
+  }
+  if (choice == TeamChoice::grid) {
+    grid.teams = 1;
+    grid.team_size = std::max<int64_t>(args.groups * useful, 1);
+    return launch_teams<Kernel, Team::grid>(device, args, grid);
+  }
+  grid.team_size = cluster;
+  launch_teams<Kernel, Team::cluster>(device, args, grid);
+}
+
+template <int V>
+void launch_long(const Device& device, const ExpertChoiceArgs& common, const Parts& parts) {
+  using Kernel = ExpertChoiceLong<V>;
+  ExpertChoiceLongArgs args = {};
+  args.common = common;
+  args.chunk = chunk_of(common.tokens, common.shape.experts, common.group_size, device.index);
+  args.chunks = (common.group_size + args.chunk - 1) / args.chunk;
+  args.counts = parts.counts;
+  args.of_chunk = parts.of_chunk;
+  args.above = parts.above;
+  args.taken = parts.chunk_taken;
+  Grid grid = {1, INT32_MAX, Kernel::kThreads, 0};
+  grid.shared_bytes = std::max(common_bytes(common, grid.threads), Kernel::shared_bytes());
+  launch_teams<Kernel, Team::grid>(device, args, grid);
+}
+
+template <int V>
+void launch_values(const Device& device, const ExpertChoiceArgs& args, const Parts& parts,
+                   TeamChoice choice) {
+  if (is_long(args.group_size, choice)) {
+    launch_long<V>(device, args, parts);
+  } else {
+    launch_short<V>(device, args, choice);
+  }
+}
+
+}  // namespace
+
+int64_t expert_choice_workspace(int64_t tokens, int64_t experts, int64_t groups, TeamChoice team,
+                                int device) {
+  Workspace space(nullptr);
+  cut_workspace(space, tokens, experts, groups, team, device);
+  return space.bytes();
+}
+
+void expert_choice_fwd(const Device& device, const ExpertChoiceCall& call) {
+  Workspace space(call.workspace);
+  const Parts parts =
+      cut_workspace(space, call.tokens, call.experts, call.groups, call.team, device.index);
+  const PlanLayout layout(call.tokens, call.experts, call.groups,
+                          call.experts * call.groups * call.capacity);
+  ExpertChoiceArgs args = {};
+  args.logits = call.logits;
+  args.weights = call.weights;
+  args.load_balance = call.load_balance;
+  args.z_loss = call.z_loss;
+  args.terms = call.terms;
+  args.token_indices = call.packed + layout.token_indices;
+  args.row_indices = call.packed + layout.row_indices;
+  args.row_experts = call.packed + layout.row_experts;
+  args.row_offsets = call.packed + layout.row_offsets;
+  args.expert_offsets = call.packed + layout.expert_offsets;
+  args.tokens_per_expert = call.packed + layout.tokens_per_expert;
+  args.histogram = call.packed + layout.histogram;
+  args.group_counts = call.packed + layout.group_counts;
+  args.non_finite = call.non_finite;
+  args.counter = call.counter;
+  args.affinities = parts.affinities;
+  args.taken = parts.taken;
+  args.before = parts.before;
+  args.block_sums = parts.block_sums;
+  args.team_sums = parts.team_sums;
+  args.shape = token_shape(call.logits, call.experts, call.affinity);
+  args.tokens = static_cast<int32_t>(call.tokens);
+  args.groups = static_cast<int32_t>(call.groups);
+  args.group_size = static_cast<int32_t>(call.tokens / call.groups);
+  args.words = (args.group_size + 31) / 32;
+  args.capacity = static_cast<int32_t>(call.capacity);
+  args.per_token = call.per_token;
+  args.scale = call.scale;
+  args.tile =
+      tile_of(args.shape, ExpertChoiceShort<4>::kThreads, limits_of(device.index).shared_bytes);
+  switch (values_for(call.experts)) {
+    case 4:
+      return launch_values<4>(device, args, parts, call.team);
+    default:
+      return launch_values<16>(device, args, parts, call.team);
+  }
+}
+
+}  // namespace moe::cuda

@@ -1,0 +1,118 @@
+// How token choice is cut into blocks, and where its workspace lies.
+#include "token_choice.hpp"
+
+#include <algorithm>
+
+#include "launch.hpp"
+#include "workspace.hpp"
+
+namespace moe::cuda {
+
+namespace {
+
+int64_t most_blocks(int device) {
+  // Eight blocks of 256 threads fill a processor of any GPU.
+  return int64_t{8} * limits_of(device).processors;
+}
+
+// Tokens of a chunk: small enough that every processor gets two, large enough that what a chunk
+// costs beside its tokens does not matter.
+int32_t chunk_of(int64_t tokens, int64_t group_size, int device) {
+  const int64_t wanted = tokens / (int64_t{2} * limits_of(device).processors);
+  int32_t chunk = 32;
+  while (chunk < 256 && 2 * chunk <= wanted) chunk *= 2;
+  return static_cast<int32_t>(std::max<int64_t>(std::min<int64_t>(chunk, group_size), 1));
+}
+
+struct Cut {
+  int32_t chunk, chunks_per_group;
+  int64_t chunks;
+  float* affinities;
+  int32_t *numbers, *chunk_counts, *block_counts;
+  double *chunk_sums, *balances;
+};
+
+Cut cut_tokens(Workspace& space, int64_t tokens, int64_t experts, int64_t groups, int64_t top_k,
+               int device) {
+  Cut cut = {};
+  const int64_t size = tokens / groups;
+  cut.chunk = chunk_of(tokens, size, device);
+  cut.chunks_per_group = static_cast<int32_t>((size + cut.chunk - 1) / cut.chunk);
+  cut.chunks = groups * cut.chunks_per_group;
+  cut.chunk_sums = space.take<double>(cut.chunks * (experts + 3));
+  cut.balances = space.take<double>(most_blocks(device));
+  cut.affinities = space.take<float>(tokens * top_k);
+  cut.numbers = space.take<int32_t>(tokens * top_k);
+  cut.chunk_counts = space.take<int32_t>(cut.chunks * experts);
+  cut.block_counts = space.take<int32_t>(most_blocks(device) * experts);
+  return cut;
+}
+
+template <int V>
+void launch_values(const Device& device, const TokenChoiceArgs& args, int64_t chunks) {
+  using Kernel = TokenChoice<V>;
+  Grid grid = {1, 1, Kernel::kThreads, Kernel::shared_bytes(args, Kernel::kThreads)};
+  const int64_t resident =
+      int64_t{limits_of(device.index).processors} *
+      resident_blocks<Kernel, Team::grid>(device.index, grid.threads, grid.shared_bytes);
+  grid.team_size = std::max<int64_t>(std::min({chunks, resident, most_blocks(device.index)}), 1);
+  launch<Kernel, Team::grid>(device, grid, args);
+}
+
+}  // namespace
+
+int64_t token_choice_workspace(int64_t tokens, int64_t experts, int64_t groups, int64_t top_k,
+                               int device) {
+  Workspace space(nullptr);
+  cut_tokens(space, tokens, experts, groups, top_k, device);
+  return space.bytes();
+}
+
+void token_choice_fwd(const Device& device, const TokenChoiceCall& call) {
+  Workspace space(call.workspace);
+  const Cut cut =
+      cut_tokens(space, call.tokens, call.experts, call.groups, call.top_k, device.index);
+  const PlanLayout layout(call.tokens, call.experts, call.groups, call.tokens * call.top_k);
+  TokenChoiceArgs args = {};
+  args.logits = call.logits;
+  args.selection_bias = call.selection_bias;
+  args.weights = call.weights;
+  args.load_balance = call.load_balance;
+  args.z_loss = call.z_loss;
+  args.terms = call.terms;
+  args.token_indices = call.packed + layout.token_indices;
+  args.row_indices = call.packed + layout.row_indices;
+  args.row_experts = call.packed + layout.row_experts;
+  args.row_offsets = call.packed + layout.row_offsets;
+  args.expert_offsets = call.packed + layout.expert_offsets;
+  args.tokens_per_expert = call.packed + layout.tokens_per_expert;
+  args.histogram = call.packed + layout.histogram;
+  args.group_counts = call.packed + layout.group_counts;
+  args.expert_indices = call.packed + layout.expert_indices;
+  args.non_finite = call.non_finite;
+  args.counter = call.counter;
+  args.affinities = cut.affinities;
+  args.numbers = cut.numbers;
+  args.chunk_sums = cut.chunk_sums;
+  args.chunk_counts = cut.chunk_counts;
+  args.block_counts = cut.block_counts;
+  args.balances = cut.balances;
+  args.shape = token_shape(call.logits, call.experts, call.affinity);
+  args.tokens = static_cast<int32_t>(call.tokens);
+  args.groups = static_cast<int32_t>(call.groups);
+  args.group_size = static_cast<int32_t>(call.tokens / call.groups);
+  args.top_k = static_cast<int32_t>(call.top_k);
+  args.expert_groups = static_cast<int32_t>(call.expert_groups);
+  args.top_k_groups = static_cast<int32_t>(call.top_k_groups);
+  args.chunk = cut.chunk;
+  args.chunks_per_group = cut.chunks_per_group;
+  args.per_token = call.per_token;
+  args.scale = call.scale;
+  if (values_for(call.experts) == 4) {
+    launch_values<4>(device, args, cut.chunks);
+  } else {
+    launch_values<16>(device, args, cut.chunks);
+  }
+}
+
+}  // namespace moe::cuda
