@@ -8,6 +8,7 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <pthread.h>
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -28,13 +29,17 @@ constexpr size_t kStackBytes = 64 << 10;
 // Memory of the stacks, kept between launches. Pages are taken when they are first written.
 class Stacks {
  public:
-  ~Stacks() {
-    if (memory_ != nullptr) munmap(memory_, bytes_);
+  ~Stacks() { release(); }
+  // Forget what the fibers of the last launch left; those after an error never returned.
+  void clean() const {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(memory_, bytes_);
+#endif
   }
   char* of(int fiber, int count) {
     const size_t bytes = kStackBytes * static_cast<size_t>(count);
     if (bytes > bytes_) {
-      if (memory_ != nullptr) munmap(memory_, bytes_);
+      release();
       void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -45,6 +50,12 @@ class Stacks {
   }
 
  private:
+  void release() {
+    if (memory_ == nullptr) return;
+    clean();
+    munmap(memory_, bytes_);
+    memory_ = nullptr;
+  }
   char* memory_ = nullptr;
   size_t bytes_ = 0;
 };
@@ -167,6 +178,7 @@ void Fibers::run(const std::function<void(int)>& body) {
     switch_to(next);
   }
   active = outer;
+  stacks.clean();
   if (error_) std::rethrow_exception(error_);
   if (finished_ < count_) report_deadlock();
 }
