@@ -7,6 +7,7 @@
 //   shared<T>()                                the block's dynamic shared memory
 //   sync_warp() sync() sync_team()             wait for the warp, the block, the team; what was
 //                                              written before is seen by all of them after
+//   sync_warps(n)                              the same for n neighbouring warps: 1, 2, 4, 8 of 8
 //   ballot(bool) shuffle(v, lane) shuffle_xor(v, mask) shuffle_up(v, n)   whole warps only
 //   add_shared(int*, n) or_shared(uint32_t*, bits) add_global(int*, n)    atomic, of integers only,
 //                                              without result: any order gives the same

@@ -41,6 +41,26 @@ struct DeviceBlock {
 
   __device__ void sync_warp() const { __syncwarp(); }
   __device__ void sync() const { __syncthreads(); }
+  __device__ void sync_warps(int count) const {
+    if (count == 1) {
+      __syncwarp();
+    } else if (count == warps()) {
+      __syncthreads();
+    } else {
+      // Barrier 0 is that of __syncthreads. With a number that the compiler knows the block takes
+      // no more than these of its processor's barriers.
+      switch (warp() / count) {
+        case 0:
+          return sync_run<1>(count);
+        case 1:
+          return sync_run<2>(count);
+        case 2:
+          return sync_run<3>(count);
+        default:
+          return sync_run<4>(count);
+      }
+    }
+  }
   __device__ void sync_team() const {
     if constexpr (kTeam == Team::grid) {
       cooperative_groups::this_grid().sync();
@@ -75,16 +95,20 @@ struct DeviceBlock {
   // True in every thread of the last of `count` blocks to come here; that block sees what the
   // others wrote before. The counter is 0 before and after.
   __device__ bool is_last_of(uint32_t* counter, int64_t count) const {
-    __shared__ bool last;
+    const uint32_t last = static_cast<uint32_t>(count - 1);
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(counter, static_cast<uint32_t>(count - 1)) == count - 1;
-    __syncthreads();
+    const bool is_last = __syncthreads_or(threadIdx.x == 0 && atomicInc(counter, last) == last);
     __threadfence();
-    return last;
+    return is_last;
   }
 
  private:
+  template <int kBarrier>
+  __device__ static void sync_run(int warps) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(warps * 32) : "memory");
+  }
+
   __device__ static int64_t cluster_blocks() {
     uint32_t blocks = 1;
 #if __CUDA_ARCH__ >= 900

@@ -42,8 +42,14 @@ int resident_blocks(int device, int threads, int64_t shared_bytes) {
   if (found != known.end()) return found->second;
   const DeviceGuard guard(device);
   const auto* entry = reinterpret_cast<const void*>(&kernel<Kernel, kTeam>);
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, entry), "find", Kernel::name);
+  // All that there is, less what the kernel has by itself: a later call may want more than this
+  // one.
+  const int64_t most =
+      limits_of(device).shared_bytes - static_cast<int64_t>(attributes.sharedSizeBytes);
   check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(limits_of(device).shared_bytes)),
+                             static_cast<int>(most)),
         "allow shared memory for", Kernel::name);
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry, threads,

@@ -85,31 +85,45 @@ void launch_teams(const Device& device, const typename Kernel::Args& args, Grid 
   launch<Kernel, kTeam>(device, grid, args);
 }
 
+// Warps that select from a pool, when a team has `blocks` blocks and `pools` pools: enough for none
+// to be idle, and for the pools of a block to take no more shared memory than lets three of them
+// share a processor.
+int gang_of(int64_t blocks, int64_t pools, int64_t group_size, int warps) {
+  constexpr int64_t kMostBytes = 64 << 10;
+  int gang = 1;
+  while (gang < warps && (2 * gang * pools <= blocks * warps ||
+                          warps / gang * (group_size + kDigits) * int64_t{4} > kMostBytes)) {
+    gang *= 2;
+  }
+  return gang;
+}
+
 template <int V>
-void launch_short(const Device& device, const ExpertChoiceArgs& args, TeamChoice choice) {
+void launch_short(const Device& device, ExpertChoiceArgs args, TeamChoice choice) {
   using Kernel = ExpertChoiceShort<V>;
   const Limits limits = limits_of(device.index);
   const int threads = Kernel::kThreads;
-  Grid grid = {args.groups, 1, threads, 0};
-  grid.shared_bytes = std::max(common_bytes(args, threads), Kernel::shared_bytes(args, threads));
   // As many blocks as have a tile of tokens each.
   const int64_t useful = (args.group_size + args.tile - 1) / args.tile;
   int64_t cluster = 1;
   while (2 * cluster <= std::min<int64_t>(limits.largest_cluster, useful)) cluster *= 2;
+  const int64_t of_clusters = args.groups * cluster, of_grid = args.groups * useful;
   if (choice == TeamChoice::automatic) {
-    // A cluster waits in a fraction of the time that the grid does, but a few of them leave most
-    // of the GPU idle.
-    const bool fills = 2 * args.groups * cluster >= limits.processors;
-    const bool small = args.groups * useful <= 2 * limits.largest_cluster;
-    choice = fills || small ? TeamChoice::cluster : TeamChoice::grid;
+    // A cluster waits in a fraction of the time that the grid does, but a few of them leave most of
+    // the GPU idle.
+    const bool idle = 2 * of_clusters < limits.processors && 4 * of_clusters <= of_grid;
+    choice = idle ? TeamChoice::grid : TeamChoice::cluster;
   }
-  if (choice == TeamChoice::grid) {
-    grid.teams = 1;
-    grid.team_size = std::max<int64_t>(args.groups * useful, 1);
-    return launch_teams<Kernel, Team::grid>(device, args, grid);
-  }
-  grid.team_size = cluster;
-  launch_teams<Kernel, Team::cluster>(device, args, grid);
+  const bool whole = choice == TeamChoice::grid;
+  const int64_t pools = args.shape.experts * (whole ? int64_t{args.groups} : 1);
+  const int64_t blocks = whole ? std::min<int64_t>(of_grid, limits.processors) : cluster;
+  args.gang = gang_of(blocks, pools, args.group_size, threads / 32);
+  Grid grid = {args.groups, cluster, threads, 0};
+  grid.shared_bytes = std::max(common_bytes(args, threads), Kernel::shared_bytes(args, threads));
+  if (!whole) return launch_teams<Kernel, Team::cluster>(device, args, grid);
+  grid.teams = 1;
+  grid.team_size = std::max<int64_t>(of_grid, 1);
+  launch_teams<Kernel, Team::grid>(device, args, grid);
 }
 
 template <int V>

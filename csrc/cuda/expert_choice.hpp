@@ -38,6 +38,7 @@ struct ExpertChoiceArgs {
   double* team_sums;   // (teams, sum columns)
   TokenShape shape;
   int32_t tokens, groups, group_size, words, capacity;
+  int gang;  // warps that select from a pool
   int tile;  // tokens that a block transposes at a time, a multiple of those in its registers
   bool per_token;
   float scale;

@@ -144,7 +144,7 @@ MOE_DEVICE void count_taken(const Block& block, const ExpertChoiceLongArgs& args
 
 template <class Block>
 MOE_DEVICE void place_chunks(const Block& block, const ExpertChoiceLongArgs& args) {
-  const Gang<Block, false> gang = {block};
+  const Gang<Block> gang = {block, block.warps()};
   const LongKey key(args);
   int* before = block.template shared<int>();
   int* scratch = before + 2;

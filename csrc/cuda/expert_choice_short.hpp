@@ -1,5 +1,5 @@
-// Expert choice from pools that a block holds in shared memory. Short ones take a warp each, so
-// that a block selects from eight of them at once and never waits.
+// Expert choice from pools that a block holds in shared memory. As many warps select from a pool as
+// there are for each: one where experts are many, the whole block where they are few.
 #pragma once
 
 #include "expert_choice.hpp"
@@ -7,26 +7,41 @@
 namespace moe::cuda {
 
 constexpr int kLongestPool = 16384;
-constexpr int kLongestWarpPool = 1024;
 
-template <class Block, bool kWarp>
+// Copies a pool's keys to shared memory; eight loads are on their way at a time.
+template <class Gang>
+MOE_DEVICE void load_keys(const Gang& gang, const float* affinities, int size, uint32_t* keys) {
+  constexpr int kFlight = 8;
+  for (int first = gang.thread(); first < size; first += kFlight * gang.threads()) {
+    float values[kFlight];
+    MOE_UNROLL
+    for (int i = 0; i < kFlight; ++i) {
+      const int token = first + i * gang.threads();
+      values[i] = token < size ? affinities[token] : 0.0f;
+    }
+    MOE_UNROLL
+    for (int i = 0; i < kFlight; ++i) {
+      const int token = first + i * gang.threads();
+      if (token < size) keys[token] = ordered_key(values[i]);
+    }
+  }
+}
+
+template <class Block>
 MOE_DEVICE void select_pools(const Block& block, const ExpertChoiceArgs& args) {
-  const Gang<Block, kWarp> gang = {block};
+  const Gang<Block> gang = {block, args.gang};
   const int size = args.group_size, experts = args.shape.experts;
-  const int gangs = kWarp ? block.warps() : 1, index = kWarp ? block.warp() : 0;
-  uint32_t* keys = block.template shared<uint32_t>() + index * (size + kDigits);
+  uint32_t* keys = block.template shared<uint32_t>() + gang.index() * (size + kDigits);
   int* counts = reinterpret_cast<int*>(keys + size);
   const Range groups = groups_of(block, args);
-  for (int64_t i = groups.begin * experts + block.rank() * gangs + index; i < groups.end * experts;
-       i += block.team_blocks() * gangs) {
-    const float* affinities = args.affinities + i * size;
-    for (int token = gang.thread(); token < size; token += gang.threads()) {
-      keys[token] = ordered_key(affinities[token]);
-    }
+  const int64_t first = groups.begin * experts + block.rank() * gang.count() + gang.index();
+  for (int64_t pool = first; pool < groups.end * experts;
+       pool += block.team_blocks() * gang.count()) {
+    load_keys(gang, args.affinities + pool * size, size, keys);
     gang.sync();
     const Threshold threshold = find_threshold(gang, keys, size, args.capacity, counts);
-    const int64_t group = i / experts;
-    take_tokens(gang, args, group, static_cast<int>(i - group * experts), 0, size, threshold,
+    const int64_t group = pool / experts;
+    take_tokens(gang, args, group, static_cast<int>(pool - group * experts), 0, size, threshold,
                 {0, 0}, counts, [keys](int token) { return keys[token]; });
     gang.sync();
   }
@@ -43,18 +58,14 @@ struct ExpertChoiceShort {
   MOE_DEVICE static void run(const Block& block, const Args& args) {
     compute_affinities<V>(block, args);
     block.sync_team();
-    if (args.group_size <= kLongestWarpPool) {
-      select_pools<Block, true>(block, args);
-    } else {
-      select_pools<Block, false>(block, args);
-    }
+    select_pools(block, args);
     block.sync_team();
     list_rows<V>(block, args);
     finish(block, args);
   }
 
   static int64_t shared_bytes(const Args& args, int threads) {
-    const int64_t pools = args.group_size <= kLongestWarpPool ? threads / 32 : 1;
+    const int64_t pools = threads / 32 / args.gang;
     return pools * (args.group_size + kDigits) * static_cast<int64_t>(sizeof(uint32_t));
   }
 };

@@ -17,21 +17,18 @@ MOE_DEVICE uint32_t ordered_key(float affinity) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Threads that work on one pool: a warp, or the whole block.
-template <class Block, bool kWarp>
+// Warps of a block that work on one pool: `width` of them, a power of two.
+template <class Block>
 struct Gang {
   const Block& block;
-  MOE_DEVICE int thread() const { return kWarp ? block.lane() : block.thread(); }
-  MOE_DEVICE int threads() const { return kWarp ? 32 : block.threads(); }
-  MOE_DEVICE int warp() const { return kWarp ? 0 : block.warp(); }
-  MOE_DEVICE int warps() const { return kWarp ? 1 : block.warps(); }
-  MOE_DEVICE void sync() const {
-    if constexpr (kWarp) {
-      block.sync_warp();
-    } else {
-      block.sync();
-    }
-  }
+  const int width;
+  MOE_DEVICE int thread() const { return block.thread() & (width * 32 - 1); }
+  MOE_DEVICE int threads() const { return width * 32; }
+  MOE_DEVICE int warp() const { return block.warp() & (width - 1); }
+  MOE_DEVICE int warps() const { return width; }
+  MOE_DEVICE int index() const { return block.warp() / width; }
+  MOE_DEVICE int count() const { return block.warps() / width; }
+  MOE_DEVICE void sync() const { block.sync_warps(width); }
 };
 
 struct Pick {

@@ -1,8 +1,10 @@
 // The Block of block.hpp on the host: every thread of a team is a fiber.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.hpp"
@@ -22,6 +24,8 @@ struct HostBlockState {
   HostBlockState(Fibers& fibers, int64_t index, int threads, int64_t shared_bytes);
   std::vector<HostWarp> warps;
   Barrier barrier;
+  // Of runs of 2 warps, of 4, ...; found by width and place.
+  std::map<std::pair<int, int>, Barrier> runs;
   // On the heap and of the size asked for, so that the address sanitizer sees what lies beyond it.
   std::unique_ptr<char[]> shared;
   bool last = false;
@@ -59,6 +63,11 @@ class HostBlock {
 
   void sync_warp() const { warp_.barrier.meet("sync_warp"); }
   void sync() const { state_.barrier.meet("sync"); }
+  void sync_warps(int count) const {
+    if (count == 1) return sync_warp();
+    if (count == warps()) return sync();
+    state_.runs.at({count, warp() / count}).meet("sync_warps");
+  }
   void sync_team() const { team_barrier_.meet("sync_team"); }
 
   uint32_t ballot(bool vote) const {

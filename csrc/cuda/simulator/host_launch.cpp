@@ -18,6 +18,12 @@ HostBlockState::HostBlockState(Fibers& fibers, int64_t index, int threads, int64
   for (int warp = 0; warp < threads / 32; ++warp) {
     warps.emplace_back(fibers, "warp " + std::to_string(warp));
   }
+  for (int width = 2; width < threads / 32; width *= 2) {
+    for (int run = 0; run < threads / 32 / width; ++run) {
+      const std::string name = std::to_string(width) + " warps, run " + std::to_string(run);
+      runs.try_emplace({width, run}, fibers, width * 32, name);
+    }
+  }
   // What a kernel reads before it writes is garbage on a GPU: here a huge number, of any type.
   std::memset(shared.get(), 0x7f, static_cast<size_t>(shared_bytes));
 }
