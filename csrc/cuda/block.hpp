@@ -23,9 +23,12 @@
 #if defined(MOE_SIMULATED)
 #define MOE_DEVICE inline
 #define MOE_UNROLL
+#define MOE_UNROLL_BY(n)
 #else
 #define MOE_DEVICE __device__ __forceinline__
 #define MOE_UNROLL _Pragma("unroll")
+#define MOE_PRAGMA(words) _Pragma(#words)
+#define MOE_UNROLL_BY(n) MOE_PRAGMA(unroll n)
 #endif
 
 namespace moe::cuda {

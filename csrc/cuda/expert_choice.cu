@@ -27,7 +27,7 @@ struct Parts {
   uint32_t* taken;
   int32_t* before;
   double *block_sums, *team_sums;
-  int32_t *counts, *of_chunk, *above, *chunk_taken;
+  int32_t *team_held, *counts, *of_chunk, *above, *chunk_taken;
 };
 
 int64_t most_blocks(int device) {
@@ -38,10 +38,11 @@ int64_t most_blocks(int device) {
 Parts cut_workspace(Workspace& space, int64_t tokens, int64_t experts, int64_t groups,
                     TeamChoice choice, int device) {
   const int64_t size = tokens / groups, words = (size + 31) / 32;
-  const int64_t sums = most_blocks(device) * (2 * experts + 4);
+  const int64_t sums = most_blocks(device) * (experts + kMoreSums);
   Parts parts = {};
   parts.block_sums = space.take<double>(sums);
   parts.team_sums = space.take<double>(sums);
+  parts.team_held = space.take<int32_t>(most_blocks(device) * (experts + 1));
   parts.affinities = space.take<float>(tokens * experts);
   parts.taken = space.take<uint32_t>(groups * words * experts);
   parts.before = space.take<int32_t>(groups * words * experts);
@@ -67,7 +68,8 @@ int tile_of(const TokenShape& shape, int threads, int64_t shared_bytes) {
 int64_t common_bytes(const ExpertChoiceArgs& args, int threads) {
   const int64_t tile = int64_t{4} * args.shape.experts * (args.tile + 1);
   return std::max({tile, sums_bytes(args.shape.experts, threads),
-                   columns_bytes<double>(2 * args.shape.experts + 4, threads),
+                   columns_bytes<double>(args.shape.experts + kMoreSums, threads) +
+                       columns_bytes<int>(args.shape.experts + 1, threads),
                    int64_t{4} * (args.shape.experts + 1)});
 }
 
@@ -188,6 +190,7 @@ void expert_choice_fwd(const Device& device, const ExpertChoiceCall& call) {
   args.before = parts.before;
   args.block_sums = parts.block_sums;
   args.team_sums = parts.team_sums;
+  args.team_held = parts.team_held;
   args.shape = token_shape(call.logits, call.experts, call.affinity);
   args.tokens = static_cast<int32_t>(call.tokens);
   args.groups = static_cast<int32_t>(call.groups);

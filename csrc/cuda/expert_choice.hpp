@@ -34,8 +34,9 @@ struct ExpertChoiceArgs {
   float* affinities;   // (G, E, S)
   uint32_t* taken;     // (G, W, E): a bit for each of 32 tokens, W = S / 32 rounded up
   int32_t* before;     // (G, W, E): tokens taken before those
-  double* block_sums;  // (blocks, sum columns)
-  double* team_sums;   // (teams, sum columns)
+  double* block_sums;  // (blocks, E + 3) loss sums, see token_lanes.hpp
+  double* team_sums;   // (teams, E + 3)
+  int32_t* team_held;  // (teams, E + 1) tokens that 0, 1, ..., E experts took
   TokenShape shape;
   int32_t tokens, groups, group_size, words, capacity;
   int gang;  // warps that select from a pool
@@ -44,19 +45,21 @@ struct ExpertChoiceArgs {
   float scale;
 };
 
-// Loss sums and the histogram, see token_lanes.hpp.
-MOE_DEVICE int sum_columns_of(const ExpertChoiceArgs& args) { return 2 * args.shape.experts + 4; }
-
 // The groups of the team at hand.
 template <class Block>
 MOE_DEVICE Range groups_of(const Block& block, const ExpertChoiceArgs& args) {
   return share(args.groups, block.team(), block.teams());
 }
 
-// Number of a block among all blocks of the launch.
+// Loss sums of the team's first block; those of the others follow.
 template <class Block>
-MOE_DEVICE int64_t block_index(const Block& block) {
-  return block.team() * block.team_blocks() + block.rank();
+MOE_DEVICE double* block_sums_of(const Block& block, const ExpertChoiceArgs& args) {
+  return args.block_sums + block.team() * block.team_blocks() * (args.shape.experts + kMoreSums);
+}
+
+template <class Block>
+MOE_DEVICE int32_t* held_of(const Block& block, const ExpertChoiceArgs& args) {
+  return args.team_held + block.team() * (args.shape.experts + 1);
 }
 
 template <int V, class Block>
@@ -98,7 +101,19 @@ MOE_DEVICE void compute_affinities(const Block& block, const ExpertChoiceArgs& a
     }
     block.sync();
   }
-  sums.write(block, shape, tile, args.block_sums + block_index(block) * sum_columns_of(args));
+  sums.write(block, shape, tile,
+             block_sums_of(block, args) + block.rank() * (shape.experts + kMoreSums));
+  if (block.rank() != 0) return;
+  int32_t* held = held_of(block, args);
+  for (int i = block.thread(); i <= shape.experts; i += block.threads()) held[i] = 0;
+}
+
+// After phase 1, while others still select.
+template <class Block>
+MOE_DEVICE void sum_team(const Block& block, const ExpertChoiceArgs& args) {
+  const int columns = args.shape.experts + kMoreSums;
+  sum_columns_of_team(block, block_sums_of(block, args), block.team_blocks(), columns,
+                      args.team_sums + block.team() * columns);
 }
 
 // Where a gang stands in a pool: what was taken before its tokens.
@@ -238,21 +253,22 @@ MOE_DEVICE void list_rows(const Block& block, const ExpertChoiceArgs& args) {
     args.group_counts[i] = args.capacity;
   }
   block.sync();
-  double* row = args.block_sums + block_index(block) * sum_columns_of(args);
+  int32_t* all = held_of(block, args);
   for (int i = block.thread(); i <= shape.experts; i += block.threads()) {
-    row[shape.experts + kSumHeld + i] = held[i];
+    if (held[i] != 0) block.add_global(all + i, held[i]);
   }
 }
 
 // The losses from the sums of all tokens.
 template <class Block>
-MOE_DEVICE void store_losses(const Block& block, const ExpertChoiceArgs& args, const double* sums) {
+MOE_DEVICE void store_losses(const Block& block, const ExpertChoiceArgs& args, const double* sums,
+                             const int* held) {
   const int experts = args.shape.experts;
   const int rows = args.groups * args.capacity;  // of each expert
   const double tokens = larger(args.tokens, 1);
   for (int e = block.thread(); e <= experts; e += block.threads()) {
     args.expert_offsets[e] = e * rows;
-    args.histogram[e] = static_cast<int32_t>(sums[experts + kSumHeld + e]);
+    args.histogram[e] = held[e];
     if (e == experts) break;
     args.tokens_per_expert[e] = rows;
     args.terms[kMeanProb + e] = static_cast<float>(sums[e] / tokens);
@@ -273,22 +289,18 @@ MOE_DEVICE void store_losses(const Block& block, const ExpertChoiceArgs& args, c
   args.row_offsets[args.tokens] = experts * rows;
 }
 
-// Adds up the sums of the team's blocks, and the last team those of all teams.
+// The last team to end adds up the sums of all of them.
 template <class Block>
 MOE_DEVICE void finish(const Block& block, const ExpertChoiceArgs& args) {
   block.sync_team();
   if (block.rank() != 0) return;
-  const int columns = sum_columns_of(args);
+  if (block.teams() > 1 && !block.is_last_of(args.counter, block.teams())) return;
+  const int columns = args.shape.experts + kMoreSums;
   double* sums = block.template shared<double>();
-  const int64_t first = block.team() * block.team_blocks();
-  sum_columns(block, args.block_sums + first * columns, block.team_blocks(), columns, sums);
-  if (block.teams() > 1) {
-    double* own = args.team_sums + block.team() * columns;
-    for (int i = block.thread(); i < columns; i += block.threads()) own[i] = sums[i];
-    if (!block.is_last_of(args.counter, block.teams())) return;
-    sum_columns(block, args.team_sums, block.teams(), columns, sums);
-  }
-  store_losses(block, args, sums);
+  sum_columns(block, args.team_sums, block.teams(), columns, sums);
+  int* held = reinterpret_cast<int*>(sums + larger(columns, block.threads()));
+  sum_columns(block, args.team_held, block.teams(), args.shape.experts + 1, held);
+  store_losses(block, args, sums, held);
 }
 
 }  // namespace moe::cuda

@@ -203,6 +203,7 @@ struct ExpertChoiceLong {
     count_taken(block, args);
     block.sync_team();
     place_chunks(block, args);
+    sum_team(block, args.common);
     block.sync_team();
     list_rows<V>(block, args.common);
     finish(block, args.common);

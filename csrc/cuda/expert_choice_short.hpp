@@ -59,6 +59,7 @@ struct ExpertChoiceShort {
     compute_affinities<V>(block, args);
     block.sync_team();
     select_pools(block, args);
+    sum_team(block, args);
     block.sync_team();
     list_rows<V>(block, args);
     finish(block, args);

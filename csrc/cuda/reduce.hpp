@@ -1,4 +1,4 @@
-// The second stage of the losses: columns of a matrix with a row for each block.
+// The second stage of the losses: columns of a matrix with a row for each block or team.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,7 @@ MOE_DEVICE void sum_columns(const Block& block, const T* matrix, int64_t rows, i
   for (int i = block.thread(); i < parts * columns; i += block.threads()) {
     const T* from = matrix + i % columns;
     T total = 0;
+    MOE_UNROLL_BY(8)  // that many loads on their way
     for (int64_t row = i / columns; row < rows; row += parts) total += from[row * columns];
     shared[i] = total;
   }
@@ -26,6 +27,21 @@ MOE_DEVICE void sum_columns(const Block& block, const T* matrix, int64_t rows, i
     shared[column] = total;
   }
   block.sync();
+}
+
+// The same by all blocks of the team: a column is a warp's, which leaves its sum in `sums`.
+template <class Block, class T>
+MOE_DEVICE void sum_columns_of_team(const Block& block, const T* matrix, int64_t rows, int columns,
+                                    T* sums) {
+  const int64_t warps = block.team_blocks() * block.warps();
+  for (int64_t column = block.warp() * block.team_blocks() + block.rank(); column < columns;
+       column += warps) {
+    T total = 0;
+    MOE_UNROLL_BY(8)
+    for (int64_t row = block.lane(); row < rows; row += 32) total += matrix[row * columns + column];
+    total = sum_lanes(block, total, 32);
+    if (block.lane() == 0) sums[column] = total;
+  }
 }
 
 template <class T>

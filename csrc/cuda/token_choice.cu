@@ -15,11 +15,12 @@ int64_t most_blocks(int device) {
   return int64_t{8} * limits_of(device).processors;
 }
 
-// Tokens of a chunk: small enough that every processor gets two, large enough that what a chunk
-// costs beside its tokens does not matter.
-int32_t chunk_of(int64_t tokens, int64_t group_size, int device) {
+// Tokens of a chunk: small enough that every processor gets two, large enough that a block has work
+// for all threads and that what a chunk costs beside its tokens does not matter.
+int32_t chunk_of(int64_t tokens, int64_t experts, int64_t group_size, int device) {
   const int64_t wanted = tokens / (int64_t{2} * limits_of(device).processors);
-  int32_t chunk = 32;
+  const TokenShape shape = token_shape(nullptr, experts, Affinity::softmax);
+  int32_t chunk = std::max(32, TokenChoice<4>::kThreads / shape.lanes);
   while (chunk < 256 && 2 * chunk <= wanted) chunk *= 2;
   return static_cast<int32_t>(std::max<int64_t>(std::min<int64_t>(chunk, group_size), 1));
 }
@@ -29,17 +30,18 @@ struct Cut {
   int64_t chunks;
   float* affinities;
   int32_t *numbers, *chunk_counts, *block_counts;
-  double *chunk_sums, *balances;
+  double *chunk_sums, *sums, *balances;
 };
 
 Cut cut_tokens(Workspace& space, int64_t tokens, int64_t experts, int64_t groups, int64_t top_k,
                int device) {
   Cut cut = {};
   const int64_t size = tokens / groups;
-  cut.chunk = chunk_of(tokens, size, device);
+  cut.chunk = chunk_of(tokens, experts, size, device);
   cut.chunks_per_group = static_cast<int32_t>((size + cut.chunk - 1) / cut.chunk);
   cut.chunks = groups * cut.chunks_per_group;
-  cut.chunk_sums = space.take<double>(cut.chunks * (experts + 3));
+  cut.chunk_sums = space.take<double>(cut.chunks * (experts + kMoreSums));
+  cut.sums = space.take<double>(experts + kMoreSums);
   cut.balances = space.take<double>(most_blocks(device));
   cut.affinities = space.take<float>(tokens * top_k);
   cut.numbers = space.take<int32_t>(tokens * top_k);
@@ -96,6 +98,7 @@ void token_choice_fwd(const Device& device, const TokenChoiceCall& call) {
   args.chunk_sums = cut.chunk_sums;
   args.chunk_counts = cut.chunk_counts;
   args.block_counts = cut.block_counts;
+  args.sums = cut.sums;
   args.balances = cut.balances;
   args.shape = token_shape(call.logits, call.experts, call.affinity);
   args.tokens = static_cast<int32_t>(call.tokens);

@@ -32,9 +32,10 @@ struct TokenChoiceArgs {
   uint32_t* counter;
   float* affinities;      // (T, K) of the chosen experts
   int32_t* numbers;       // (T, K) of each choice among those of its block and expert
-  double* chunk_sums;     // (chunks, E + 3)
+  double* chunk_sums;     // (chunks, E + 3) loss sums, see token_lanes.hpp
   int32_t* chunk_counts;  // (chunks, E)
   int32_t* block_counts;  // (blocks, E)
+  double* sums;           // (E + 3,)
   double* balances;       // (blocks,) of the groups that each block adds up
   TokenShape shape;
   int32_t tokens, groups, group_size, top_k, expert_groups, top_k_groups;
@@ -177,24 +178,45 @@ MOE_DEVICE void choose_experts(const Block& block, const TokenChoiceArgs& args, 
     args.chunk_counts[chunk * shape.experts + expert] = count;
     counts[expert] += count;
   }
-  sums.write(block, shape, scratch, args.chunk_sums + chunk * (shape.experts + 3));
+  sums.write(block, shape, scratch, args.chunk_sums + chunk * (shape.experts + kMoreSums));
 }
 
 // First row of each expert's choices of this block, left in `starts` (E,); the first block stores
-// the counts of all. `scratch` is that of sum_columns, and E more.
+// the counts of all. `scratch` is that of two sum_columns.
 template <class Block>
 MOE_DEVICE void find_starts(const Block& block, const TokenChoiceArgs& args, int* starts,
                             int* scratch) {
   const int experts = args.shape.experts;
-  sum_columns(block, args.block_counts, block.rank(), experts, scratch);
-  for (int e = block.thread(); e < experts; e += block.threads()) starts[e] = scratch[e];
+  const int parts = larger(block.threads() / experts, 1);
+  int* totals = scratch + parts * experts;
+  for (int i = block.thread(); i < parts * experts; i += block.threads()) {
+    const int32_t* counts = args.block_counts + i % experts;
+    int before = 0, total = 0;
+    MOE_UNROLL_BY(8)  // that many loads on their way
+    for (int64_t row = i / experts; row < block.team_blocks(); row += parts) {
+      const int count = counts[row * experts];
+      total += count;
+      before += row < block.rank() ? count : 0;
+    }
+    scratch[i] = before;
+    totals[i] = total;
+  }
   block.sync();
-  sum_columns(block, args.block_counts, block.team_blocks(), experts, scratch);
+  for (int e = block.thread(); e < experts; e += block.threads()) {
+    int before = 0, total = 0;
+    for (int part = 0; part < parts; ++part) {
+      before += scratch[part * experts + e];
+      total += totals[part * experts + e];
+    }
+    starts[e] = before;
+    totals[e] = total;
+  }
+  block.sync();
   if (block.warp() == 0) {
     int before = 0;
     for (int first = 0; first < experts; first += 32) {
       const int e = first + block.lane();
-      const int count = e < experts ? scratch[e] : 0;
+      const int count = e < experts ? totals[e] : 0;
       const int offset = before + exclusive_lanes(block, count, 32);
       if (e < experts) {
         starts[e] += offset;
@@ -237,52 +259,58 @@ MOE_DEVICE void place_choices(const Block& block, const TokenChoiceArgs& args, R
   }
 }
 
-// Counts of the groups, and Σ over groups and experts of rows · distribution, of a share of them.
+// Counts of the groups, and Σ over groups and experts of rows · distribution. A few lanes share a
+// group's expert, as many as the group has chunks.
 template <class Block>
-MOE_DEVICE void count_groups(const Block& block, const TokenChoiceArgs& args, int* scratch) {
+MOE_DEVICE void count_groups(const Block& block, const TokenChoiceArgs& args, double* scratch) {
   const int experts = args.shape.experts;
-  double* sums = reinterpret_cast<double*>(scratch);
-  const Range groups = share(args.groups, block.rank(), block.team_blocks());
+  int lanes = 1;
+  while (lanes < 32 && lanes < args.chunks_per_group) lanes *= 2;
+  const int lane = block.lane() & (lanes - 1);
+  const int each = block.threads() / lanes;
+  const int64_t items = static_cast<int64_t>(args.groups) * experts;
   double balance = 0;
-  for (int64_t group = groups.begin; group < groups.end; ++group) {
-    const int64_t chunk = group * args.chunks_per_group;
-    int32_t* counts = args.group_counts + group * experts;
-    sum_columns(block, args.chunk_counts + chunk * experts, args.chunks_per_group, experts,
-                scratch);
-    for (int e = block.thread(); e < experts; e += block.threads()) counts[e] = scratch[e];
-    block.sync();
-    sum_columns(block, args.chunk_sums + chunk * (experts + 3), args.chunks_per_group, experts + 3,
-                sums);
-    // The thread that stored a count reads it.
-    for (int e = block.thread(); e < experts; e += block.threads()) balance += sums[e] * counts[e];
-    block.sync();
+  for (int64_t first = block.rank() * each; first < items; first += block.team_blocks() * each) {
+    const int64_t item = first + block.thread() / lanes;
+    const int64_t group = item / experts, expert = item - group * experts;
+    const int64_t end = item < items ? (group + 1) * args.chunks_per_group : 0;
+    int count = 0;
+    double sum = 0;
+    for (int64_t chunk = group * args.chunks_per_group + lane; chunk < end; chunk += lanes) {
+      count += args.chunk_counts[chunk * experts + expert];
+      sum += args.chunk_sums[chunk * (experts + kMoreSums) + expert];
+    }
+    count = sum_lanes(block, count, lanes);
+    sum = sum_lanes(block, sum, lanes);
+    if (lane != 0 || item >= items) continue;
+    args.group_counts[item] = count;
+    balance += sum * count;
   }
   balance = sum_lanes(block, balance, 32);
-  if (block.lane() == 0) sums[block.warp()] = balance;
+  if (block.lane() == 0) scratch[block.warp()] = balance;
   block.sync();
   if (block.thread() == 0) {
     double total = 0;
-    for (int warp = 0; warp < block.warps(); ++warp) total += sums[warp];
+    for (int warp = 0; warp < block.warps(); ++warp) total += scratch[warp];
     args.balances[block.rank()] = total;
   }
+  const int64_t chunks = static_cast<int64_t>(args.groups) * args.chunks_per_group;
+  sum_columns_of_team(block, args.chunk_sums, chunks, experts + kMoreSums, args.sums);
 }
 
 template <class Block>
-MOE_DEVICE void store_choice_losses(const Block& block, const TokenChoiceArgs& args, int* scratch) {
+MOE_DEVICE void store_choice_losses(const Block& block, const TokenChoiceArgs& args,
+                                    double* scratch) {
   const int experts = args.shape.experts;
-  double* sums = reinterpret_cast<double*>(scratch);
-  sum_columns(block, args.balances, block.team_blocks(), 1, sums);
-  const double per_group = sums[0];
-  block.sync();
-  const int64_t chunks = static_cast<int64_t>(args.groups) * args.chunks_per_group;
-  sum_columns(block, args.chunk_sums, chunks, experts + 3, sums);
+  const double* sums = args.sums;
+  sum_columns(block, args.balances, block.team_blocks(), 1, scratch);
   const double tokens = larger(args.tokens, 1);
-  double balance = 0;
   for (int e = block.thread(); e <= experts; e += block.threads()) {
     args.histogram[e] = e == args.top_k ? args.tokens : 0;
     if (e < experts) args.terms[kMeanProb + e] = static_cast<float>(sums[e] / tokens);
   }
   if (block.warp() != 0) return;
+  double balance = 0;
   for (int e = block.lane(); e < experts; e += 32) balance += sums[e] * args.tokens_per_expert[e];
   balance = sum_lanes(block, balance, 32);
   if (block.lane() != 0) return;
@@ -290,7 +318,7 @@ MOE_DEVICE void store_choice_losses(const Block& block, const TokenChoiceArgs& a
   const double frequency = experts / rows;
   *args.load_balance = static_cast<float>(balance * frequency / tokens);
   // f of one group is E / (R / G) n; the mean over groups takes the G back.
-  args.terms[kBalancePerGroup] = static_cast<float>(per_group * frequency * args.groups / tokens);
+  args.terms[kBalancePerGroup] = static_cast<float>(scratch[0] * frequency * args.groups / tokens);
   args.terms[kEntropy] = static_cast<float>(sums[experts + kSumEntropy] / tokens);
   *args.z_loss = static_cast<float>(sums[experts + kSumZ] / tokens);
   *args.non_finite = sums[experts + kSumNonFinite] > 0 ? 1 : 0;
@@ -326,10 +354,9 @@ struct TokenChoice {
       const Range tokens = {tokens_of(args, run.begin).begin, tokens_of(args, run.end - 1).end};
       place_choices(block, args, tokens, counts);
     }
-    block.sync();
-    count_groups(block, args, scratch);
+    count_groups(block, args, reinterpret_cast<double*>(scratch));
     if (!block.is_last_of(args.counter, block.team_blocks())) return;
-    store_choice_losses(block, args, scratch);
+    store_choice_losses(block, args, reinterpret_cast<double*>(scratch));
   }
 
   // Counts and bits, and the largest of what is needed one after the other.
@@ -337,8 +364,9 @@ struct TokenChoice {
     const int64_t experts = args.shape.experts, words = (args.chunk + 31) / 32;
     const bool limited = args.top_k_groups < args.expert_groups;
     const int64_t groups = limited ? threads / args.shape.lanes * 2 * experts * int64_t{4} : 0;
-    const int64_t scratch = std::max(
-        {groups, sums_bytes(experts, threads), columns_bytes<double>(experts + 3, threads)});
+    const int64_t scratch =
+        std::max({groups, sums_bytes(experts, threads), columns_bytes<double>(1, threads),
+                  2 * columns_bytes<int>(experts, threads)});
     return ((experts + 3) / 4 * 4 + (experts * words + 3) / 4 * 4) * 4 + scratch;
   }
 };

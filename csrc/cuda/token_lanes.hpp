@@ -165,9 +165,8 @@ MOE_DEVICE Routed<V> route_token(const Block& block, const float (&x)[V], const 
   return routed;
 }
 
-// Columns of a row of loss sums: the distribution by expert, then these, and for expert choice
-// how many tokens 0, 1, ..., E experts took.
-constexpr int kSumZ = 0, kSumEntropy = 1, kSumNonFinite = 2, kSumHeld = 3;
+// Columns of a row of loss sums: the distribution by expert, then these.
+constexpr int kSumZ = 0, kSumEntropy = 1, kSumNonFinite = 2, kMoreSums = 3;
 
 // What the tokens of a thread add to the losses.
 template <int V>
@@ -193,7 +192,7 @@ struct LossSums {
   }
 
   // Sums of the block into `row` (E + 3): of each warp by exchange, of the warps through shared
-  // memory, in one order. `scratch` holds E + lanes·V... floats for each warp, see sums_bytes.
+  // memory, in one order. `scratch` is of sums_bytes.
   template <class Block>
   MOE_DEVICE void write(const Block& block, const TokenShape& shape, float* scratch, double* row) {
     for (int mask = shape.lanes; mask < 32; mask *= 2) {
@@ -203,7 +202,7 @@ struct LossSums {
       entropy += block.shuffle_xor(entropy, mask);
     }
     const bool any = block.ballot(non_finite > 0) != 0;
-    const int width = shape.lanes * V + 3;
+    const int width = shape.lanes * V + kMoreSums;
     float* own = scratch + block.warp() * width;
     if (block.lane() < shape.lanes) {
       MOE_UNROLL
@@ -215,7 +214,8 @@ struct LossSums {
       own[shape.lanes * V + kSumNonFinite] = any ? 1.0f : 0.0f;
     }
     block.sync();
-    for (int column = block.thread(); column < shape.experts + 3; column += block.threads()) {
+    for (int column = block.thread(); column < shape.experts + kMoreSums;
+         column += block.threads()) {
       const int place = column < shape.experts ? column : column - shape.experts + shape.lanes * V;
       double total = 0;
       for (int warp = 0; warp < block.warps(); ++warp) total += scratch[warp * width + place];
@@ -228,7 +228,7 @@ struct LossSums {
 inline int64_t sums_bytes(int64_t experts, int threads) {
   int64_t padded = values_for(experts);
   while (padded < experts) padded *= 2;
-  return threads / 32 * (padded + 3) * static_cast<int64_t>(sizeof(float));
+  return threads / 32 * (padded + kMoreSums) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace moe::cuda
