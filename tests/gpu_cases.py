@@ -29,6 +29,28 @@ DEVICES = (
     pytest.param("cpu", marks=_NO_INTERPRETER, id="interpreter"),
 )
 
+# The same for what runs on the CUDA backend alone; its simulated GPU knows all dtypes.
+_WHY_NO_CUDA_KERNELS = BACKENDS["cuda"].why_no_kernel("expert_choice")
+_NO_SIMULATOR = pytest.mark.skipif(
+    BACKENDS["cuda"].why_not("expert_choice", "cpu") is not None,
+    reason="runs on the CPU where the CUDA backend has a simulated GPU",
+)
+CUDA_DEVICES = (
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("cpu", marks=_NO_SIMULATOR, id="simulated"),
+)
+# Who routes and moves rows, as a request for a backend.
+ROUTED_BY = (
+    pytest.param("triton"),
+    pytest.param(
+        "cuda,triton",
+        id="cuda",
+        marks=pytest.mark.skipif(
+            _WHY_NO_CUDA_KERNELS is not None, reason=f"the cuda backend {_WHY_NO_CUDA_KERNELS}"
+        ),
+    ),
+)
+
 Tensors = dict[str, Tensor]
 
 
@@ -40,6 +62,14 @@ def sixteen_bit(device: str) -> torch.dtype:
 def draw(device: str, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1) -> Tensor:
     """Normal numbers; every test starts with the same seed."""
     return (torch.randn(shape, device=device) * scale).to(dtype)
+
+
+def require_memory(gib: float) -> None:
+    """Skip the test where the GPU has not that much free."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib:.0f} GiB of free device memory, {free:.0f} are there")
 
 
 def equal_plan(device: str, tokens: int, experts: int, groups: int = 2) -> mk.RoutingPlan:

@@ -6,6 +6,8 @@ import torch
 import moe_kernels as mk
 from moe_kernels.testing import make_logits, relative_error
 
+from .gpu_cases import ROUTED_BY
+
 pytestmark = pytest.mark.gpu
 
 ROUTERS = {
@@ -19,9 +21,12 @@ ROUTERS = {
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("kind", ["normal", "ties"])
-def test_routing_equals_the_cpu(name, kind):
+@pytest.mark.parametrize("routed_by", ROUTED_BY)
+def test_routing_equals_the_cpu(name, kind, routed_by):
     logits = make_logits(256, 8, kind)
-    on_cpu, on_gpu = ROUTERS[name](logits), ROUTERS[name](logits.cuda()).validate()
+    on_cpu = ROUTERS[name](logits)
+    with mk.use_backend(routed_by):
+        on_gpu = ROUTERS[name](logits.cuda()).validate()
     if kind == "normal":  # among ties, the last bit of the device's exp may decide
         assert torch.equal(on_gpu.token_indices.cpu(), on_cpu.token_indices)
         assert relative_error(on_gpu.routing_weights.cpu(), on_cpu.routing_weights) < 2e-6
@@ -29,7 +34,8 @@ def test_routing_equals_the_cpu(name, kind):
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_equal_bit_for_bit(name, dtype):
+@pytest.mark.parametrize("routed_by", ROUTED_BY)
+def test_two_runs_are_equal_bit_for_bit(name, dtype, routed_by):
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -42,9 +48,10 @@ def test_two_runs_are_equal_bit_for_bit(name, dtype):
     upstream = random(4096, 64).to(dtype)
     runs = []
     for _ in range(2):
-        plan = ROUTERS[name](logits)
-        out = mk.expert_mlp(x, plan, w_in, w_out, activation="swiglu")
-        loss = (out * upstream).sum() + mk.load_balance_loss(plan) + mk.router_z_loss(plan)
+        with mk.use_backend(routed_by):
+            plan = ROUTERS[name](logits)
+            out = mk.expert_mlp(x, plan, w_in, w_out, activation="swiglu")
+            loss = (out * upstream).sum() + mk.load_balance_loss(plan) + mk.router_z_loss(plan)
         runs.append((out, *torch.autograd.grad(loss, [logits, x, w_in, w_out])))
     for a, b in zip(*runs, strict=True):
         assert bool(torch.isfinite(a).all())

@@ -10,7 +10,15 @@ import moe_kernels as mk
 from moe_kernels.backends import BACKENDS
 from moe_kernels.testing import relative_error
 
-from .gpu_cases import DEVICES, assert_mlp_accurate, draw, mlp_tensors, ragged_plan, sixteen_bit
+from .gpu_cases import (
+    DEVICES,
+    assert_mlp_accurate,
+    draw,
+    mlp_tensors,
+    ragged_plan,
+    require_memory,
+    sixteen_bit,
+)
 
 if (reason := BACKENDS["triton"].why_not("expert_mlp", "cuda")) is not None:
     pytest.skip(f"the triton backend {reason}", allow_module_level=True)
@@ -78,14 +86,6 @@ def test_every_bucket_gives_an_accurate_layer(activation, bucket):
     # Wide enough that no tile of the table is made smaller.
     tensors = mlp_tensors(plan, 256, 512, activation, torch.bfloat16)
     assert_mlp_accurate(plan, tensors, activation)
-
-
-def require_memory(gib: float) -> None:
-    """Skip the test where the device has not that much free."""
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib:.0f} GiB of free device memory, {free:.0f} are there")
 
 
 @pytest.fixture

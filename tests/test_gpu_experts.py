@@ -10,6 +10,7 @@ import moe_kernels as mk
 
 from .gpu_cases import (
     DEVICES,
+    ROUTED_BY,
     assert_mlp_accurate,
     draw,
     equal_plan,
@@ -107,13 +108,15 @@ def scattered(rows: Tensor, plan: mk.RoutingPlan) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("groups", PLANS)
-def test_rows_are_moved_exactly_and_combined_accurately(device, groups):
+@pytest.mark.parametrize("moved_by", ROUTED_BY)
+def test_rows_are_moved_exactly_and_combined_accurately(device, groups, moved_by):
     for tokens, hidden in ((1000, 1152), (77, 33)) if device == "cuda" else ((10, 9),):
         plan = PLANS[groups](device, tokens - tokens % 2, 4)
         x = draw(device, plan.num_tokens, hidden, dtype=sixteen_bit(device)).requires_grad_()
-        rows = mk.dispatch(x, plan)
+        rows = mk.dispatch(x, plan, backend=moved_by)
         assert torch.equal(rows, gathered(x, plan))
-        out, expected = mk.combine(rows.detach(), plan), scattered(rows.detach(), plan)
+        out = mk.combine(rows.detach(), plan, backend=moved_by)
+        expected = scattered(rows.detach(), plan)
         error = (out.double() - expected).abs().max() / expected.abs().max()
         assert float(error) < 4e-3  # one rounding to 16 bits
         upstream = torch.randn_like(rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 import moe_kernels as mk
 from moe_kernels.testing import ERROR_FLOOR, relative_error
 
-from .gpu_cases import DEVICES, LAYERS, draw, layer_step, make_layer
+from .gpu_cases import DEVICES, LAYERS, ROUTED_BY, draw, layer_step, make_layer
 
 # B, S, D, F, E.
 SHAPE = {"cuda": (4, 128, 256, 512, 8), "cpu": (2, 8, 16, 32, 3)}
@@ -24,10 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=ROUTED_BY)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
     torch._dynamo.reset()
-    with mk.use_backend("triton"):
+    with mk.use_backend(request.param):
         yield
 
 

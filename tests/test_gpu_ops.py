@@ -1,4 +1,4 @@
-"""What PyTorch is told about every op holds where Triton runs it: ``opcheck`` on recorded calls."""
+"""What PyTorch is told about every op holds where kernels run it: ``opcheck`` on recorded calls."""
 
 import importlib
 import pkgutil
@@ -15,16 +15,32 @@ import moe_kernels as mk
 import moe_kernels.ops
 from moe_kernels.ops.operator import Operator
 
-from .gpu_cases import DEVICES, draw, equal_plan, layer_step, make_layer, ragged_plan, sixteen_bit
+from .gpu_cases import (
+    DEVICES,
+    ROUTED_BY,
+    draw,
+    equal_plan,
+    layer_step,
+    make_layer,
+    ragged_plan,
+    sixteen_bit,
+)
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[None]:
+# What the CUDA backend has kernels for.
+ROUTING_AND_ROWS = {
+    *("expert_choice", "token_choice", "affinity", "route_bwd"),
+    *("dispatch", "combine", "gather", "sum_rows"),
+}
+
+
+@pytest.fixture(autouse=True, params=ROUTED_BY)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
-    with mk.use_backend("triton"):
-        yield
+    with mk.use_backend(request.param):
+        yield request.param.partition(",")[0]
 
 
 def operators() -> dict[str, Operator]:
@@ -37,16 +53,15 @@ def operators() -> dict[str, Operator]:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the first call of every op of the package."""
+    """Keeps the first call of every overload of the package's ops."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self.calls: dict[Any, tuple[Any, ...]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "moe_kernels":
-            name = func._schema.name.partition("::")[2]
-            self.calls.setdefault(name, (func, tuple(map(detached, args))))
+            self.calls.setdefault(func, tuple(map(detached, args)))
         return func(*args, **(kwargs or {}))
 
 
@@ -54,7 +69,7 @@ def detached(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def record(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def record(device: str) -> dict[Any, tuple[Any, ...]]:
     """Calls of every op in two layers' steps, and of those that layers do not use."""
     hidden, inner, experts = (64, 96, 4) if device == "cuda" else (8, 16, 3)
     shape = (2, 32, hidden) if device == "cuda" else (2, 6, hidden)
@@ -82,13 +97,19 @@ def record(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_op_passes_opcheck(device):
+def test_every_op_passes_opcheck(device, backend):
     known = operators()
+    overloads = {
+        variant.overload: operator
+        for operator in known.values()
+        for variant in operator.variants.values()
+    }
     calls = record(device)
-    assert set(calls) == set(known)
-    for name, (overload, args) in calls.items():
-        assert overload is known[name]["triton"].overload, name
-        if known[name].backward is not None:
+    assert {overloads[overload].name for overload in calls} == set(known)
+    served = {overloads[overload].name for overload in calls if overload._overloadname == backend}
+    assert served == (set(known) if backend == "triton" else ROUTING_AND_ROWS)
+    for overload, args in calls.items():
+        if overloads[overload].backward is not None:
             args = tuple(
                 arg.requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
                 for arg in args

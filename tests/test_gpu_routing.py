@@ -10,7 +10,7 @@ import moe_kernels as mk
 from moe_kernels.backends.reference.affinity import ranking_key
 from moe_kernels.testing import assert_as_accurate, make_logits, relative_error
 
-from .gpu_cases import DEVICES
+from .gpu_cases import DEVICES, ROUTED_BY
 
 # G, S, E, C: short and long pools, one that no power of two divides, one over a whole batch.
 POOLS = {
@@ -30,9 +30,9 @@ TOKENS = {"cuda": ((8192, 8, 2), (32768, 64, 2), (4099, 60, 6), (1, 5, 5)), "cpu
 KINDS = ("normal", "ties", "equal", "collapsed", "extreme")
 
 
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[None]:
-    with mk.use_backend("triton"):
+@pytest.fixture(autouse=True, params=ROUTED_BY)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with mk.use_backend(request.param):
         yield
 
 

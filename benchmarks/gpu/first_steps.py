@@ -1,6 +1,7 @@
 """What ``gpu-check`` does before it measures: tests, a cold first call, and filled code caches.
 
 All of it waits for compilers most of the time, so it runs side by side, in processes of its own.
+compute-sanitizer comes last: where the time is short, it gets none.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ from typing import Any
 
 from benchmarks.entry import Entry
 from benchmarks.environment import ROOT
+from benchmarks.gpu import sanitize
 from benchmarks.gpu.jobs import Job, Outcome, run_jobs
 
 # Tests for a GPU alone, and those that also run in Triton's interpreter.
@@ -31,19 +33,26 @@ class FirstSteps:
         tests: the files that have tests for a GPU, each in a process.
         first_calls: a cold call, and warm caches for the layers that are measured later.
         tiny: everything at tiny shapes on the CPU.
+        sanitizer: path of compute-sanitizer; ``None`` leaves it out.
     """
 
     tests: bool = True
     first_calls: bool = True
     tiny: bool = False
+    sanitizer: str | None = None
 
     def run(self, entries: Sequence[Entry], seconds: float) -> dict[str, Outcome]:
-        """Every job's outcome by name: a test file, ``first call <entry>``, ``warm <entry>``."""
+        """Every job's outcome by name.
+
+        The names: a test file, ``first call <entry>``, ``warm <entry>``, and those of ``sanitize``.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
         with tempfile.TemporaryDirectory() as empty:
             jobs = self._test_jobs() if self.tests else []
             if self.first_calls:
                 jobs += self._call_jobs(entries, empty)
+            if self.sanitizer is not None:
+                jobs += sanitize.jobs(self.sanitizer)
             return run_jobs(jobs, at_once=max(2, cores), seconds=seconds, folder=ROOT)
 
     def _test_jobs(self) -> list[Job]:

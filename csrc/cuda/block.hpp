@@ -7,7 +7,9 @@
 //   shared<T>()                                the block's dynamic shared memory
 //   sync_warp() sync() sync_team()             wait for the warp, the block, the team; what was
 //                                              written before is seen by all of them after
-//   sync_warps(n)                              the same for n neighbouring warps: 1, 2, 4, 8 of 8
+//   sync_warps(n)                              the same for n neighbouring warps: 1, all, or a
+//   power
+//                                              of two that is at least a quarter of them
 //   ballot(bool) shuffle(v, lane) shuffle_xor(v, mask) shuffle_up(v, n)   whole warps only
 //   add_shared(int*, n) or_shared(uint32_t*, bits) add_global(int*, n)    atomic, of integers only,
 //                                              without result: any order gives the same
@@ -22,13 +24,12 @@
 
 #if defined(MOE_SIMULATED)
 #define MOE_DEVICE inline
+#define MOE_HOST_DEVICE inline
 #define MOE_UNROLL
-#define MOE_UNROLL_BY(n)
 #else
 #define MOE_DEVICE __device__ __forceinline__
+#define MOE_HOST_DEVICE __host__ __device__ __forceinline__
 #define MOE_UNROLL _Pragma("unroll")
-#define MOE_PRAGMA(words) _Pragma(#words)
-#define MOE_UNROLL_BY(n) MOE_PRAGMA(unroll n)
 #endif
 
 namespace moe::cuda {

@@ -43,6 +43,24 @@ Limits limits_of(int device) {
   return known[device] = limits;
 }
 
+uint32_t* new_counters(int device, int64_t count) {
+  const DeviceGuard guard(device);
+  // Allocating is no part of a capture that this or another thread has under way.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "allocate counters of", "launch");
+  void* counters = nullptr;
+  cudaStream_t stream = nullptr;
+  const size_t bytes = static_cast<size_t>(count) * sizeof(uint32_t);
+  cudaError_t status = cudaMalloc(&counters, bytes);
+  if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (status == cudaSuccess) status = cudaMemsetAsync(counters, 0, bytes, stream);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+  if (stream != nullptr) (void)cudaStreamDestroy(stream);
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  check(status, "allocate counters of", "launch");
+  return static_cast<uint32_t*>(counters);
+}
+
 std::string why_no_gpu() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);

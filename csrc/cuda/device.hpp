@@ -1,10 +1,15 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace moe::cuda {
 
 // Why no kernel can run in this process; empty when one can.
 std::string why_no_gpu();
+
+// `count` counters that are 0, kept until the process ends. May be called while a stream is being
+// captured; waits for the GPU.
+uint32_t* new_counters(int device, int64_t count);
 
 }  // namespace moe::cuda

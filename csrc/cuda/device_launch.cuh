@@ -1,6 +1,7 @@
 // launch.hpp on a GPU.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -62,6 +63,31 @@ int resident_blocks(int device, int threads, int64_t shared_bytes) {
                              " bytes of shared memory does not fit this GPU");
   }
   return known[key] = blocks;
+}
+
+// Most blocks of a cluster of this kernel on this GPU, which may be a small part of one; a power of
+// two.
+template <class Kernel>
+int64_t largest_cluster(int device, int threads, int64_t shared_bytes) {
+  if (limits_of(device).largest_cluster == 1) return 1;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int64_t>, int> known;
+  resident_blocks<Kernel, Team::cluster>(device, threads, shared_bytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(device, threads, shared_bytes);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  const DeviceGuard guard(device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(limits_of(device).largest_cluster));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  int most = 1;
+  check(cudaOccupancyMaxPotentialClusterSize(&most, &kernel<Kernel, Team::cluster>, &config),
+        "size clusters of", Kernel::name);
+  int cluster = 1;
+  while (2 * cluster <= std::min(most, limits_of(device).largest_cluster)) cluster *= 2;
+  return known[key] = cluster;
 }
 
 template <class Kernel, Team kTeam>

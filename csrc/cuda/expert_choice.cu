@@ -25,8 +25,9 @@ int32_t chunk_of(int64_t tokens, int64_t experts, int64_t group_size, int device
 struct Parts {
   float* affinities;
   uint32_t* taken;
-  int32_t* before;
+  uint32_t* before;
   double *block_sums, *team_sums;
+  Found* found;
   int32_t *team_held, *counts, *of_chunk, *above, *chunk_taken;
 };
 
@@ -45,11 +46,12 @@ Parts cut_workspace(Workspace& space, int64_t tokens, int64_t experts, int64_t g
   parts.team_held = space.take<int32_t>(most_blocks(device) * (experts + 1));
   parts.affinities = space.take<float>(tokens * experts);
   parts.taken = space.take<uint32_t>(groups * words * experts);
-  parts.before = space.take<int32_t>(groups * words * experts);
+  parts.before = space.take<uint32_t>(groups * words * experts);
   if (is_long(size, choice)) {
     const int64_t chunk = chunk_of(tokens, experts, size, device);
     const int64_t pools = groups * experts, chunks = (size + chunk - 1) / chunk;
     parts.counts = space.take<int32_t>(kPasses * pools * kLongDigits);
+    parts.found = space.take<Found>(kPasses * pools);
     parts.of_chunk = space.take<int32_t>(pools * chunks * kLastDigits);
     parts.above = space.take<int32_t>(pools * chunks);
     parts.chunk_taken = space.take<int32_t>(pools * chunks * 2);
@@ -93,36 +95,48 @@ void launch_teams(const Device& device, const typename Kernel::Args& args, Grid 
 int gang_of(int64_t blocks, int64_t pools, int64_t group_size, int warps) {
   constexpr int64_t kMostBytes = 64 << 10;
   int gang = 1;
-  while (gang < warps && (2 * gang * pools <= blocks * warps ||
-                          warps / gang * (group_size + kDigits) * int64_t{4} > kMostBytes)) {
-    gang *= 2;
-  }
+  const auto is_enough = [&] {
+    const bool none_idle = 2 * gang * pools > blocks * warps;
+    const int64_t bytes = warps / gang * int64_t{4} * pool_words(static_cast<int>(group_size));
+    const bool has_barrier = gang == 1 || 4 * gang >= warps;
+    return none_idle && bytes <= kMostBytes && has_barrier;
+  };
+  while (gang < warps && !is_enough()) gang *= 2;
   return gang;
 }
+
+// The kernel for pools of a length: more threads for long ones, which few blocks have in common.
+int threads_for(int64_t group_size) { return group_size > 2048 ? 512 : 256; }
 
 template <int V>
 void launch_short(const Device& device, ExpertChoiceArgs args, TeamChoice choice) {
   using Kernel = ExpertChoiceShort<V>;
-  const Limits limits = limits_of(device.index);
-  const int threads = Kernel::kThreads;
+  const int threads = threads_for(args.group_size), warps = threads / 32;
+  const int processors = limits_of(device.index).processors;
+  const auto shared_bytes = [&](int64_t blocks, int64_t pools) {
+    args.gang = gang_of(blocks, pools, args.group_size, warps);
+    return std::max(common_bytes(args, threads), Kernel::shared_bytes(args, threads));
+  };
   // As many blocks as have a tile of tokens each.
   const int64_t useful = (args.group_size + args.tile - 1) / args.tile;
+  const int64_t most_bytes = shared_bytes(1, args.shape.experts);
+  const int64_t possible = largest_cluster<Kernel>(device.index, threads, most_bytes);
   int64_t cluster = 1;
-  while (2 * cluster <= std::min<int64_t>(limits.largest_cluster, useful)) cluster *= 2;
+  while (2 * cluster <= std::min(possible, useful)) cluster *= 2;
   const int64_t of_clusters = args.groups * cluster, of_grid = args.groups * useful;
   if (choice == TeamChoice::automatic) {
     // A cluster waits in a fraction of the time that the grid does, but a few of them leave most of
     // the GPU idle.
-    const bool idle = 2 * of_clusters < limits.processors && 4 * of_clusters <= of_grid;
+    const bool idle = 2 * of_clusters < processors && 4 * of_clusters <= of_grid;
     choice = idle ? TeamChoice::grid : TeamChoice::cluster;
   }
-  const bool whole = choice == TeamChoice::grid;
-  const int64_t pools = args.shape.experts * (whole ? int64_t{args.groups} : 1);
-  const int64_t blocks = whole ? std::min<int64_t>(of_grid, limits.processors) : cluster;
-  args.gang = gang_of(blocks, pools, args.group_size, threads / 32);
   Grid grid = {args.groups, cluster, threads, 0};
-  grid.shared_bytes = std::max(common_bytes(args, threads), Kernel::shared_bytes(args, threads));
-  if (!whole) return launch_teams<Kernel, Team::cluster>(device, args, grid);
+  if (choice != TeamChoice::grid) {
+    grid.shared_bytes = shared_bytes(cluster, args.shape.experts);
+    return launch_teams<Kernel, Team::cluster>(device, args, grid);
+  }
+  grid.shared_bytes = shared_bytes(std::min<int64_t>(of_grid, processors),
+                                   int64_t{args.groups} * args.shape.experts);
   grid.teams = 1;
   grid.team_size = std::max<int64_t>(of_grid, 1);
   launch_teams<Kernel, Team::grid>(device, args, grid);
@@ -136,11 +150,13 @@ void launch_long(const Device& device, const ExpertChoiceArgs& common, const Par
   args.chunk = chunk_of(common.tokens, common.shape.experts, common.group_size, device.index);
   args.chunks = (common.group_size + args.chunk - 1) / args.chunk;
   args.counts = parts.counts;
+  args.found = parts.found;
   args.of_chunk = parts.of_chunk;
   args.above = parts.above;
   args.taken = parts.chunk_taken;
   Grid grid = {1, INT32_MAX, Kernel::kThreads, 0};
-  grid.shared_bytes = std::max(common_bytes(common, grid.threads), Kernel::shared_bytes());
+  grid.shared_bytes =
+      std::max(common_bytes(common, grid.threads), Kernel::shared_bytes(args, grid.threads));
   launch_teams<Kernel, Team::grid>(device, args, grid);
 }
 
@@ -164,6 +180,7 @@ int64_t expert_choice_workspace(int64_t tokens, int64_t experts, int64_t groups,
 }
 
 void expert_choice_fwd(const Device& device, const ExpertChoiceCall& call) {
+  check_sizes("expert_choice", call, call.experts * call.groups * call.capacity);
   Workspace space(call.workspace);
   const Parts parts =
       cut_workspace(space, call.tokens, call.experts, call.groups, call.team, device.index);
@@ -199,13 +216,14 @@ void expert_choice_fwd(const Device& device, const ExpertChoiceCall& call) {
   args.capacity = static_cast<int32_t>(call.capacity);
   args.per_token = call.per_token;
   args.scale = call.scale;
-  args.tile =
-      tile_of(args.shape, ExpertChoiceShort<4>::kThreads, limits_of(device.index).shared_bytes);
+  const int threads = is_long(args.group_size, call.team) ? ExpertChoiceLong<4>::kThreads
+                                                          : threads_for(args.group_size);
+  args.tile = tile_of(args.shape, threads, limits_of(device.index).shared_bytes);
   switch (values_for(call.experts)) {
     case 4:
       return launch_values<4>(device, args, parts, call.team);
     default:
-      return launch_values<16>(device, args, parts, call.team);
+      return launch_values<8>(device, args, parts, call.team);
   }
 }
 

@@ -33,7 +33,7 @@ struct ExpertChoiceArgs {
   uint32_t* counter;
   float* affinities;   // (G, E, S)
   uint32_t* taken;     // (G, W, E): a bit for each of 32 tokens, W = S / 32 rounded up
-  int32_t* before;     // (G, W, E): tokens taken before those
+  uint32_t* before;    // (G, W, E): tokens taken before those
   double* block_sums;  // (blocks, E + 3) loss sums, see token_lanes.hpp
   double* team_sums;   // (teams, E + 3)
   int32_t* team_held;  // (teams, E + 1) tokens that 0, 1, ..., E experts took
@@ -49,6 +49,11 @@ struct ExpertChoiceArgs {
 template <class Block>
 MOE_DEVICE Range groups_of(const Block& block, const ExpertChoiceArgs& args) {
   return share(args.groups, block.team(), block.teams());
+}
+
+// Divided in 32 bits: in 64 it is a call.
+MOE_DEVICE int64_t group_of(const ExpertChoiceArgs& args, int64_t token) {
+  return static_cast<uint32_t>(token) / static_cast<uint32_t>(args.group_size);
 }
 
 // Loss sums of the team's first block; those of the others follow.
@@ -71,17 +76,26 @@ MOE_DEVICE void compute_affinities(const Block& block, const ExpertChoiceArgs& a
   const int stride = args.tile + 1;  // one more, so that a column meets all banks
   float* tile = block.template shared<float>();
   LossSums<V> sums;
-  for (int64_t first = groups.begin * args.group_size + block.rank() * args.tile; first < end;
-       first += block.team_blocks() * args.tile) {
+  const int64_t start = groups.begin * args.group_size + block.rank() * args.tile;
+  const int64_t round = block.team_blocks() * args.tile;
+  float coming[V];  // the next logits, on their way while the present ones are worked on
+  load_logits<V>(args.logits, start + slot.token, shape, slot.expert, start + slot.token < end,
+                 coming);
+  for (int64_t first = start; first < end; first += round) {
     for (int step = 0; step < args.tile; step += slot.slots) {
       const int place = step + slot.token;
       const int64_t token = first + place;
       const bool is_token = token < end;
       float x[V];
-      load_logits<V>(args.logits, token, shape, slot.expert, is_token, x);
+      MOE_UNROLL
+      for (int v = 0; v < V; ++v) x[v] = coming[v];
+      const bool is_last = step + slot.slots >= args.tile;
+      const int64_t next = is_last ? first + round + slot.token : token + slot.slots;
+      load_logits<V>(args.logits, next, shape, slot.expert, next < end, coming);
+      sums.check(x, shape, slot.expert);
       const Routed<V> routed = route_token<V>(block, x, shape);
       if (!is_token) continue;
-      sums.add(routed, x, shape, slot.expert);
+      sums.add(routed);
       MOE_UNROLL
       for (int v = 0; v < V; ++v) {
         const int expert = slot.expert + v;
@@ -92,7 +106,7 @@ MOE_DEVICE void compute_affinities(const Block& block, const ExpertChoiceArgs& a
     for (int place = block.lane(); place < args.tile; place += 32) {
       const int64_t token = first + place;
       if (token >= end) break;
-      const int64_t group = token / args.group_size;
+      const int64_t group = group_of(args, token);
       const int64_t pool = group * shape.experts;
       float* to = args.affinities + pool * args.group_size + (token - group * args.group_size);
       for (int64_t expert = block.warp(); expert < shape.experts; expert += block.warps()) {
@@ -170,7 +184,7 @@ MOE_DEVICE void take_tokens(const Gang& gang, const ExpertChoiceArgs& args, int6
     if (block.lane() == 0) {
       const int64_t place = (group * args.words + word) * args.shape.experts + expert;
       args.taken[place] = mask;
-      args.before[place] = taken;
+      args.before[place] = static_cast<uint32_t>(taken);
     }
     if (is_taken) {
       const int64_t row = first_row + taken + count_bits(mask & lower_lanes);
@@ -180,6 +194,29 @@ MOE_DEVICE void take_tokens(const Gang& gang, const ExpertChoiceArgs& args, int6
     }
     taken += count_bits(mask);
     start.equal += count_bits(equal);
+  }
+}
+
+// Words of a thread's experts; 0 in places past the last one.
+template <int V>
+MOE_DEVICE void load_words(const uint32_t* words, const TokenShape& shape, int expert,
+                           uint32_t (&out)[V]) {
+  MOE_UNROLL
+  for (int v = 0; v < V; v += 4) {
+    const uint32_t* from = words + expert + v;
+    Word4 four = {0, 0, 0, 0};
+    if (shape.experts % 4 == 0) {  // then every run of four is aligned
+      if (expert + v < shape.experts) four = *reinterpret_cast<const Word4*>(from);
+    } else {
+      if (expert + v + 0 < shape.experts) four.x = from[0];
+      if (expert + v + 1 < shape.experts) four.y = from[1];
+      if (expert + v + 2 < shape.experts) four.z = from[2];
+      if (expert + v + 3 < shape.experts) four.w = from[3];
+    }
+    out[v] = four.x;
+    out[v + 1] = four.y;
+    out[v + 2] = four.z;
+    out[v + 3] = four.w;
   }
 }
 
@@ -199,10 +236,13 @@ MOE_DEVICE void list_rows(const Block& block, const ExpertChoiceArgs& args) {
        first += step) {
     const int64_t token = first + slot.token;
     const bool is_token = token < end;
-    const int64_t group = (is_token ? token : first) / args.group_size;
+    const int64_t group = group_of(args, is_token ? token : first);
     const int place = static_cast<int>((is_token ? token : first) - group * args.group_size);
     const int64_t word = (group * args.words + place / 32) * shape.experts;
     const uint32_t bit = 1u << (place % 32);
+    uint32_t taken[V], earlier[V];
+    load_words<V>(args.taken + word, shape, slot.expert, taken);
+    load_words<V>(args.before + word, shape, slot.expert, earlier);
     int row_of[V];  // -1 where the expert did not take the token
     int before = 0, own = 0;
     MOE_UNROLL
@@ -210,10 +250,9 @@ MOE_DEVICE void list_rows(const Block& block, const ExpertChoiceArgs& args) {
       row_of[v] = -1;
       const int expert = slot.expert + v;
       if (!is_token || expert >= shape.experts) continue;
-      const uint32_t taken = args.taken[word + expert];
-      const int position = args.before[word + expert] + count_bits(taken & (bit - 1));
+      const int position = static_cast<int>(earlier[v]) + count_bits(taken[v] & (bit - 1));
       before += position;
-      if ((taken & bit) == 0) continue;
+      if ((taken[v] & bit) == 0) continue;
       own += 1;
       row_of[v] = (expert * args.groups + static_cast<int>(group)) * args.capacity + position;
     }

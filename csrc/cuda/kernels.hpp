@@ -18,7 +18,7 @@ struct Device {
 };
 
 // More experts do not fit the registers of a warp.
-constexpr int64_t kMostExperts = 512;
+constexpr int64_t kMostExperts = 256;
 
 // Which blocks share a group of expert choice: a cluster, the grid, or the grid also inside a pool,
 // as for pools that no block can hold. `automatic` leaves it to the launcher; tests ask for each.

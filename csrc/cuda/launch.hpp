@@ -10,10 +10,25 @@
 // thrown with the kernel's name.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "block.hpp"
 #include "kernels.hpp"
 
 namespace moe::cuda {
+
+// Throws where sizes are beyond what the routing kernels count in 32 bits; a little less, so that
+// they may count past the end.
+inline void check_sizes(const char* op, const RouteCall& call, int64_t rows) {
+  constexpr int64_t kMost = INT32_MAX - (1 << 16);
+  if (call.tokens <= kMost && rows <= kMost && call.groups * call.experts <= kMost) return;
+  throw std::invalid_argument(std::string(op) + " got " + std::to_string(call.tokens) +
+                              " tokens in " + std::to_string(call.groups) + " groups, " +
+                              std::to_string(call.experts) + " experts and " +
+                              std::to_string(rows) + " rows; at most " + std::to_string(kMost) +
+                              " tokens, rows, and groups times experts are possible.");
+}
 
 struct Grid {
   int64_t teams;      // 1 for Team::grid

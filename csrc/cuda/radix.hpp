@@ -7,6 +7,11 @@ namespace moe::cuda {
 
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 
+// Where the count of a digit lies in shared memory. A warp gives each of its threads a 32nd of the
+// digits; one number more for each lets the threads meet different banks.
+MOE_DEVICE int place_of_digit(int digit, int digits) { return digit + digit / (digits / 32); }
+MOE_HOST_DEVICE constexpr int places_of(int digits) { return digits + 32; }
+
 // What selection compares: NaN ranks with -inf.
 MOE_DEVICE float ranking_key(float affinity) { return affinity == affinity ? affinity : -INFINITY; }
 
@@ -37,12 +42,12 @@ struct Pick {
   int count;  // keys with this digit
 };
 
-// The digit of the `needed`-th largest key, from how many keys have each. Every warp that calls
-// this finds it for itself.
+// The digit of the `needed`-th largest key, from how many keys have each (see place_of_digit).
+// Every warp that calls this finds it for itself.
 template <class Block>
 MOE_DEVICE Pick pick_digit(const Block& block, const int* counts, int digits, int needed) {
   const int each = digits / 32;
-  const int* highest = counts + digits - 1 - block.lane() * each;
+  const int* highest = counts + place_of_digit(digits - 1 - block.lane() * each, digits);
   int own = 0;
   for (int i = 0; i < each; ++i) own += highest[-i];
   Pick pick = {0, exclusive_lanes(block, own, 32), 0};
@@ -66,9 +71,9 @@ struct Threshold {
 };
 
 // The threshold of the `capacity` largest of `size` keys in shared memory, by a gang. `counts`
-// (kDigits,) is shared by the gang. Digits are those of key - smallest key, below the highest bit
-// that is ever set, so that the first of them already tells most keys apart; it ends as soon as
-// all keys of a digit are taken.
+// (places_of(kDigits),) is shared by the gang. Digits are those of key - smallest key, below the
+// highest bit that is ever set, so that the first of them already tells most keys apart; it ends as
+// soon as all keys of a digit are taken.
 template <class Gang>
 MOE_DEVICE Threshold find_threshold(const Gang& gang, const uint32_t* keys, int size, int capacity,
                                     int* counts) {
@@ -99,12 +104,22 @@ MOE_DEVICE Threshold find_threshold(const Gang& gang, const uint32_t* keys, int 
   while (shift > 0) {
     const int next = larger(shift - kDigitBits, 0);
     const uint32_t digits = (1u << (shift - next)) - 1;
-    for (int i = gang.thread(); i < kDigits; i += gang.threads()) counts[i] = 0;
+    for (int i = gang.thread(); i < places_of(kDigits); i += gang.threads()) counts[i] = 0;
     gang.sync();
-    for (int i = gang.thread(); i < size; i += gang.threads()) {
-      const uint32_t distance = keys[i] - least;
-      if (static_cast<uint64_t>(distance) >> shift == prefix) {
-        block.add_shared(counts + ((distance >> next) & digits), 1);
+    constexpr int kFlight = 4;  // keys read before the first is counted
+    for (int first = gang.thread(); first < size; first += kFlight * gang.threads()) {
+      uint32_t distances[kFlight];
+      MOE_UNROLL
+      for (int k = 0; k < kFlight; ++k) {
+        const int i = first + k * gang.threads();
+        distances[k] = i < size ? keys[i] - least : 0;
+      }
+      MOE_UNROLL
+      for (int k = 0; k < kFlight; ++k) {
+        if (first + k * gang.threads() >= size) continue;
+        if (static_cast<uint64_t>(distances[k]) >> shift != prefix) continue;
+        const int digit = static_cast<int>(distances[k] >> next & digits);
+        block.add_shared(counts + place_of_digit(digit, kDigits), 1);
       }
     }
     gang.sync();

@@ -7,6 +7,28 @@
 
 namespace moe::cuda {
 
+// Σ of from[i · stride] for i = begin, begin + step, ... below end. Eight loads at a time wait for
+// memory together; a sum that waits for each of them takes eight times as long.
+template <class T>
+MOE_DEVICE T sum_strided(const T* from, int64_t begin, int64_t end, int64_t step, int64_t stride) {
+  constexpr int kFlight = 8;
+  const int64_t jump = step * stride;
+  T total = 0;
+  from += begin * stride;
+  for (int64_t i = begin; i < end;) {
+    T values[kFlight];
+    MOE_UNROLL
+    for (int k = 0; k < kFlight; ++k) {
+      values[k] = i < end ? *from : T(0);
+      i += step;
+      from += jump;
+    }
+    MOE_UNROLL
+    for (int k = 0; k < kFlight; ++k) total += values[k];
+  }
+  return total;
+}
+
 // Sums over the rows of a (rows, columns) matrix, left in shared[0 ... columns). Several threads
 // share a column; which, and in what order their sums are added, depends on the shape alone.
 template <class Block, class T>
@@ -14,11 +36,7 @@ MOE_DEVICE void sum_columns(const Block& block, const T* matrix, int64_t rows, i
                             T* shared) {
   const int parts = larger(block.threads() / columns, 1);
   for (int i = block.thread(); i < parts * columns; i += block.threads()) {
-    const T* from = matrix + i % columns;
-    T total = 0;
-    MOE_UNROLL_BY(8)  // that many loads on their way
-    for (int64_t row = i / columns; row < rows; row += parts) total += from[row * columns];
-    shared[i] = total;
+    shared[i] = sum_strided(matrix + i % columns, i / columns, rows, parts, columns);
   }
   block.sync();
   for (int column = block.thread(); column < columns; column += block.threads()) {
@@ -29,16 +47,15 @@ MOE_DEVICE void sum_columns(const Block& block, const T* matrix, int64_t rows, i
   block.sync();
 }
 
-// The same by all blocks of the team: a column is a warp's, which leaves its sum in `sums`.
+// The same by all blocks of the team: a column is a warp's, which leaves its sum in `sums`. The
+// last blocks begin, because what does not go round falls to the first ones.
 template <class Block, class T>
 MOE_DEVICE void sum_columns_of_team(const Block& block, const T* matrix, int64_t rows, int columns,
                                     T* sums) {
-  const int64_t warps = block.team_blocks() * block.warps();
-  for (int64_t column = block.warp() * block.team_blocks() + block.rank(); column < columns;
-       column += warps) {
-    T total = 0;
-    MOE_UNROLL_BY(8)
-    for (int64_t row = block.lane(); row < rows; row += 32) total += matrix[row * columns + column];
+  const int64_t blocks = block.team_blocks();
+  for (int64_t column = (block.warp() + 1) * blocks - 1 - block.rank(); column < columns;
+       column += blocks * block.warps()) {
+    T total = sum_strided(matrix + column, block.lane(), rows, 32, columns);
     total = sum_lanes(block, total, 32);
     if (block.lane() == 0) sums[column] = total;
   }

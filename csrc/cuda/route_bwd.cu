@@ -51,7 +51,7 @@ void route_bwd(const Device& device, const RouteBwdCall& call) {
   if (values_for(call.experts) == 4) {
     launch_items<RouteBwd<4>>(device, args, chunks, shared_bytes);
   } else {
-    launch_items<RouteBwd<16>>(device, args, chunks, shared_bytes);
+    launch_items<RouteBwd<8>>(device, args, chunks, shared_bytes);
   }
 }
 
@@ -66,7 +66,7 @@ void affinity_fwd(const Device& device, const AffinityCall& call) {
   if (values_for(call.experts) == 4) {
     launch_items<AffinityFwd<4>>(device, args, blocks, 0);
   } else {
-    launch_items<AffinityFwd<16>>(device, args, blocks, 0);
+    launch_items<AffinityFwd<8>>(device, args, blocks, 0);
   }
 }
 

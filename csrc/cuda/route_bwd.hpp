@@ -102,7 +102,7 @@ struct RouteBwd {
   using Args = RouteBwdArgs;
   static constexpr const char* name = "route_bwd";
   static constexpr int kThreads = 256;
-  static constexpr int kBlocks = V == 4 ? 3 : 1;
+  static constexpr int kBlocks = V == 4 ? 3 : 2;
 
   template <class Block>
   MOE_DEVICE static void run(const Block& block, const Args& args) {

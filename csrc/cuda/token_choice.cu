@@ -20,9 +20,9 @@ int64_t most_blocks(int device) {
 int32_t chunk_of(int64_t tokens, int64_t experts, int64_t group_size, int device) {
   const int64_t wanted = tokens / (int64_t{2} * limits_of(device).processors);
   const TokenShape shape = token_shape(nullptr, experts, Affinity::softmax);
-  int32_t chunk = std::max(32, TokenChoice<4>::kThreads / shape.lanes);
-  while (chunk < 256 && 2 * chunk <= wanted) chunk *= 2;
-  return static_cast<int32_t>(std::max<int64_t>(std::min<int64_t>(chunk, group_size), 1));
+  const int64_t least = std::max(32, TokenChoice<4>::kThreads / shape.lanes);
+  const int64_t chunk = std::min(std::max((wanted + 31) / 32 * 32, least), int64_t{256});
+  return static_cast<int32_t>(std::max<int64_t>(std::min(chunk, group_size), 1));
 }
 
 struct Cut {
@@ -57,7 +57,10 @@ void launch_values(const Device& device, const TokenChoiceArgs& args, int64_t ch
   const int64_t resident =
       int64_t{limits_of(device.index).processors} *
       resident_blocks<Kernel, Team::grid>(device.index, grid.threads, grid.shared_bytes);
-  grid.team_size = std::max<int64_t>(std::min({chunks, resident, most_blocks(device.index)}), 1);
+  const int64_t most = std::min(resident, most_blocks(device.index));
+  // No more blocks than give each as many chunks as the busiest has: the others would only wait.
+  const int64_t rounds = std::max<int64_t>((chunks + most - 1) / most, 1);
+  grid.team_size = std::max<int64_t>((chunks + rounds - 1) / rounds, 1);
   launch<Kernel, Team::grid>(device, grid, args);
 }
 
@@ -71,6 +74,7 @@ int64_t token_choice_workspace(int64_t tokens, int64_t experts, int64_t groups, 
 }
 
 void token_choice_fwd(const Device& device, const TokenChoiceCall& call) {
+  check_sizes("token_choice", call, call.tokens * call.top_k);
   Workspace space(call.workspace);
   const Cut cut =
       cut_tokens(space, call.tokens, call.experts, call.groups, call.top_k, device.index);
@@ -114,7 +118,7 @@ void token_choice_fwd(const Device& device, const TokenChoiceCall& call) {
   if (values_for(call.experts) == 4) {
     launch_values<4>(device, args, cut.chunks);
   } else {
-    launch_values<16>(device, args, cut.chunks);
+    launch_values<8>(device, args, cut.chunks);
   }
 }
 

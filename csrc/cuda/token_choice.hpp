@@ -119,14 +119,23 @@ MOE_DEVICE void choose_experts(const Block& block, const TokenChoiceArgs& args, 
   for (int i = block.thread(); i < words * shape.experts; i += block.threads()) chosen[i] = 0;
   block.sync();
   LossSums<V> sums;
+  // The next logits are on their way while the present ones are worked on; eight do not fit.
+  constexpr bool kAhead = V == 4;
+  float coming[V];
+  const int64_t start = range.begin + slot.token;
+  load_logits<V>(args.logits, start, shape, slot.expert, start < range.end, coming);
   for (int64_t first = range.begin; first < range.end; first += slot.slots) {
     const int64_t token = first + slot.token;
     const int place = static_cast<int>(token - range.begin);
     const bool is_token = token < range.end;
     float x[V], keys[V];
-    load_logits<V>(args.logits, token, shape, slot.expert, is_token, x);
+    MOE_UNROLL
+    for (int v = 0; v < V; ++v) x[v] = coming[v];
+    const int64_t next = token + slot.slots;
+    if (kAhead) load_logits<V>(args.logits, next, shape, slot.expert, next < range.end, coming);
+    sums.check(x, shape, slot.expert);
     const Routed<V> routed = route_token<V>(block, x, shape);
-    if (is_token) sums.add(routed, x, shape, slot.expert);
+    if (is_token) sums.add(routed);
     MOE_UNROLL
     for (int v = 0; v < V; ++v) {
       const int expert = slot.expert + v;
@@ -160,12 +169,14 @@ MOE_DEVICE void choose_experts(const Block& block, const TokenChoiceArgs& args, 
         block.or_shared(chosen + expert * words + place / 32, 1u << (place % 32));
       }
     }
+    if (!kAhead) load_logits<V>(args.logits, next, shape, slot.expert, next < range.end, coming);
   }
   block.sync();
   for (int64_t i = range.begin * args.top_k + block.thread(); i < range.end * args.top_k;
        i += block.threads()) {
     const int expert = args.expert_indices[i];
-    const int place = static_cast<int>(i / args.top_k - range.begin);
+    const int64_t token = static_cast<uint32_t>(i) / static_cast<uint32_t>(args.top_k);
+    const int place = static_cast<int>(token - range.begin);
     const uint32_t* own = chosen + expert * words;
     int number = counts[expert] + count_bits(own[place / 32] & ((1u << (place % 32)) - 1));
     for (int word = 0; word < place / 32; ++word) number += count_bits(own[word]);
@@ -191,15 +202,11 @@ MOE_DEVICE void find_starts(const Block& block, const TokenChoiceArgs& args, int
   int* totals = scratch + parts * experts;
   for (int i = block.thread(); i < parts * experts; i += block.threads()) {
     const int32_t* counts = args.block_counts + i % experts;
-    int before = 0, total = 0;
-    MOE_UNROLL_BY(8)  // that many loads on their way
-    for (int64_t row = i / experts; row < block.team_blocks(); row += parts) {
-      const int count = counts[row * experts];
-      total += count;
-      before += row < block.rank() ? count : 0;
-    }
-    scratch[i] = before;
-    totals[i] = total;
+    const int64_t first = i / experts;
+    const int64_t earlier = first < block.rank() ? (block.rank() - first + parts - 1) / parts : 0;
+    const int64_t own = first + earlier * parts;  // the first row that is not of an earlier block
+    scratch[i] = sum_strided(counts, first, block.rank(), parts, experts);
+    totals[i] = scratch[i] + sum_strided(counts, own, block.team_blocks(), parts, experts);
   }
   block.sync();
   for (int e = block.thread(); e < experts; e += block.threads()) {
@@ -239,7 +246,7 @@ MOE_DEVICE void place_choices(const Block& block, const TokenChoiceArgs& args, R
   const int64_t top_k = args.top_k;
   for (int64_t i = tokens.begin * top_k + block.thread(); i < tokens.end * top_k;
        i += block.threads()) {
-    const int64_t token = i / top_k;
+    const int64_t token = static_cast<uint32_t>(i) / static_cast<uint32_t>(top_k);
     const int32_t* experts = args.expert_indices + token * top_k;
     const int expert = args.expert_indices[i];
     const int row = starts[expert] + args.numbers[i];
@@ -273,13 +280,10 @@ MOE_DEVICE void count_groups(const Block& block, const TokenChoiceArgs& args, do
   for (int64_t first = block.rank() * each; first < items; first += block.team_blocks() * each) {
     const int64_t item = first + block.thread() / lanes;
     const int64_t group = item / experts, expert = item - group * experts;
+    const int64_t begin = group * args.chunks_per_group + lane;
     const int64_t end = item < items ? (group + 1) * args.chunks_per_group : 0;
-    int count = 0;
-    double sum = 0;
-    for (int64_t chunk = group * args.chunks_per_group + lane; chunk < end; chunk += lanes) {
-      count += args.chunk_counts[chunk * experts + expert];
-      sum += args.chunk_sums[chunk * (experts + kMoreSums) + expert];
-    }
+    int count = sum_strided(args.chunk_counts + expert, begin, end, lanes, experts);
+    double sum = sum_strided(args.chunk_sums + expert, begin, end, lanes, experts + kMoreSums);
     count = sum_lanes(block, count, lanes);
     sum = sum_lanes(block, sum, lanes);
     if (lane != 0 || item >= items) continue;
@@ -299,11 +303,9 @@ MOE_DEVICE void count_groups(const Block& block, const TokenChoiceArgs& args, do
 }
 
 template <class Block>
-MOE_DEVICE void store_choice_losses(const Block& block, const TokenChoiceArgs& args,
-                                    double* scratch) {
+MOE_DEVICE void store_choice_losses(const Block& block, const TokenChoiceArgs& args) {
   const int experts = args.shape.experts;
   const double* sums = args.sums;
-  sum_columns(block, args.balances, block.team_blocks(), 1, scratch);
   const double tokens = larger(args.tokens, 1);
   for (int e = block.thread(); e <= experts; e += block.threads()) {
     args.histogram[e] = e == args.top_k ? args.tokens : 0;
@@ -313,12 +315,14 @@ MOE_DEVICE void store_choice_losses(const Block& block, const TokenChoiceArgs& a
   double balance = 0;
   for (int e = block.lane(); e < experts; e += 32) balance += sums[e] * args.tokens_per_expert[e];
   balance = sum_lanes(block, balance, 32);
+  double per_group = sum_strided(args.balances, block.lane(), block.team_blocks(), 32, 1);
+  per_group = sum_lanes(block, per_group, 32);
   if (block.lane() != 0) return;
   const double rows = larger(static_cast<double>(args.tokens) * args.top_k, 1.0);
   const double frequency = experts / rows;
   *args.load_balance = static_cast<float>(balance * frequency / tokens);
   // f of one group is E / (R / G) n; the mean over groups takes the G back.
-  args.terms[kBalancePerGroup] = static_cast<float>(scratch[0] * frequency * args.groups / tokens);
+  args.terms[kBalancePerGroup] = static_cast<float>(per_group * frequency * args.groups / tokens);
   args.terms[kEntropy] = static_cast<float>(sums[experts + kSumEntropy] / tokens);
   *args.z_loss = static_cast<float>(sums[experts + kSumZ] / tokens);
   *args.non_finite = sums[experts + kSumNonFinite] > 0 ? 1 : 0;
@@ -330,7 +334,7 @@ struct TokenChoice {
   using Args = TokenChoiceArgs;
   static constexpr const char* name = "token_choice_fwd";
   static constexpr int kThreads = 256;
-  static constexpr int kBlocks = V == 4 ? 3 : 1;
+  static constexpr int kBlocks = 2;
 
   template <class Block>
   MOE_DEVICE static void run(const Block& block, const Args& args) {
@@ -356,7 +360,7 @@ struct TokenChoice {
     }
     count_groups(block, args, reinterpret_cast<double*>(scratch));
     if (!block.is_last_of(args.counter, block.team_blocks())) return;
-    store_choice_losses(block, args, reinterpret_cast<double*>(scratch));
+    store_choice_losses(block, args);
   }
 
   // Counts and bits, and the largest of what is needed one after the other.

@@ -15,6 +15,10 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
+struct alignas(16) Word4 {
+  uint32_t x, y, z, w;
+};
+
 struct TokenShape {
   int experts;
   int lanes;     // threads of a token: a power of two, at most 32
@@ -25,7 +29,7 @@ struct TokenShape {
 constexpr float kLowest = -INFINITY;
 
 // Values a thread holds for E experts.
-inline int values_for(int64_t experts) { return experts <= 128 ? 4 : 16; }
+inline int values_for(int64_t experts) { return experts <= 32 ? 4 : 8; }
 
 inline TokenShape token_shape(const float* logits, int64_t experts, Affinity affinity) {
   int lanes = 1;
@@ -103,8 +107,11 @@ MOE_DEVICE SoftmaxSums softmax(const Block& block, const float (&x)[V], int lane
     total += out[v];
     weighted += out[v] > 0 ? out[v] * shifted : 0.0f;  // 0 · -inf is 0 here
   }
-  total = sum_lanes(block, total, lanes);
-  weighted = sum_lanes(block, weighted, lanes);
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {  // both sums on their way at once
+    const float other = block.shuffle_xor(total, mask);
+    weighted += block.shuffle_xor(weighted, mask);
+    total += other;
+  }
   MOE_UNROLL
   for (int v = 0; v < V; ++v) out[v] = out[v] / total;
   const float log_total = logf(total);
@@ -179,14 +186,18 @@ struct LossSums {
     for (int v = 0; v < V; ++v) distribution[v] = 0;
   }
 
-  MOE_DEVICE void add(const Routed<V>& routed, const float (&x)[V], const TokenShape& shape,
-                      int expert) {
+  // Apart from `add`, so that nobody keeps the logits for it.
+  MOE_DEVICE void check(const float (&x)[V], const TokenShape& shape, int expert) {
     MOE_UNROLL
     for (int v = 0; v < V; ++v) {
-      distribution[v] += routed.distribution[v];
       const bool infinite = !(x[v] - x[v] == 0);
       if (infinite && expert + v < shape.experts) non_finite = 1;
     }
+  }
+
+  MOE_DEVICE void add(const Routed<V>& routed) {
+    MOE_UNROLL
+    for (int v = 0; v < V; ++v) distribution[v] += routed.distribution[v];
     z += routed.logsumexp * routed.logsumexp;
     entropy += routed.entropy;
   }

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,9 @@ def test_it_refuses_without_a_gpu_and_in_the_interpreter(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "TRITON_INTERPRET" in (gpu_check.why_not() or "")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("MOE_KERNELS_SIMULATED_GPU", "1")
+    assert "simulated GPU" in (gpu_check.why_not() or "")
+    monkeypatch.delenv("MOE_KERNELS_SIMULATED_GPU")
     assert gpu_check.why_not() is None
 
 
@@ -78,6 +82,66 @@ def test_jobs_run_side_by_side_and_are_stopped_in_time():
     assert (outcomes["bad"].status, outcomes["bad"].last_line) == (1, "no")
     assert outcomes["named"].last_line == "y"
     assert outcomes["long"].status is None
+
+
+def test_a_job_has_a_limit_of_its_own():
+    sleep = "import time; time.sleep(60)"
+    jobs = [
+        Job("limited", [sys.executable, "-c", sleep], seconds=1),
+        Job("in time", [sys.executable, "-c", "print('done')"], seconds=30),
+    ]
+    began = time.monotonic()
+    outcomes = run_jobs(jobs, at_once=2, seconds=50)
+    assert time.monotonic() - began < 20
+    assert outcomes["limited"].status is None
+    assert outcomes["limited"].seconds >= 1
+    assert (outcomes["in time"].status, outcomes["in time"].last_line) == (0, "done")
+
+
+def test_a_job_is_stopped_with_what_it_started(tmp_path):
+    number = tmp_path / "number"
+    inner = f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    run_jobs(
+        [Job("starts another", [sys.executable, "-c", outer], seconds=3)], at_once=1, seconds=9
+    )
+    child = int(number.read_text())
+    for _ in range(50):  # until the system has taken note of its end
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {child} goes on")
+
+
+def options(*words: str):
+    return gpu_check._parser().parse_args(words)
+
+
+def test_it_says_why_the_sanitizer_is_not_run(monkeypatch):
+    cuda = gpu_check.BACKENDS["cuda"]
+    monkeypatch.setattr(type(cuda), "why_not", lambda *_: "was not built")
+    for path in (None, "/x"):
+        assert gpu_check.why_not_sanitized(options("--rehearse"), path) == "a rehearsal has no GPU"
+        for word in ("--skip-tests", "--skip-sanitizer"):
+            assert gpu_check.why_not_sanitized(options(word), path) == "left out on request"
+        assert gpu_check.why_not_sanitized(options(), path) == "backend cuda was not built"
+    monkeypatch.setattr(type(cuda), "why_not", lambda *_: None)
+    assert "was not found (PATH, CUDA_HOME" in gpu_check.why_not_sanitized(options(), None)
+    assert gpu_check.why_not_sanitized(options(), "/x") == ""
+
+
+def test_a_finding_of_the_sanitizer_is_a_failure(tmp_path, capsys):
+    document: dict[str, Any] = {"entries": [], "not_measured": [], "first_call": {}, "seconds": 1.0}
+    clean = {"words": "no findings in 3 tests", "failed": False}
+    found = {"words": "2 findings, the first: Invalid", "failed": True}
+    document |= {"tests": {}, "sanitizer": {"compute-sanitizer memcheck": clean}}
+    assert gpu_check._finish(tmp_path / "x.json", document) == 0
+    assert "compute-sanitizer memcheck: no findings in 3 tests" in capsys.readouterr().out
+    document["sanitizer"]["compute-sanitizer racecheck"] = found
+    assert gpu_check._finish(tmp_path / "x.json", document) == 1
+    assert "FAIL: found something: compute-sanitizer racecheck" in capsys.readouterr().out
 
 
 def test_a_worker_that_breaks_is_started_again_behind_the_entry(worker):
@@ -160,6 +224,10 @@ def test_the_rehearsal_goes_through_every_step(tmp_path, capsys, monkeypatch):
     assert document["complete"]
     assert {result["stage"] for result in document["entries"]} == {"ec_layer", "dispatch"}
     assert document["tests"]["tests/test_gpu_ops.py"]["failed"] is False
+    for found in document["sanitizer"].values():
+        assert found["words"] == "not run: a rehearsal has no GPU"
+    assert len(document["sanitizer"]) == 4
+    assert "backend cuda: " in said.out
     assert list(document["first_call"]) == ["gpu_ec_layer/B32-S256-D1152-E8"]
     assert path.with_suffix(".md").exists()
     assert (tmp_path / f"{path.stem}-gpu_ec_layer.png").exists()

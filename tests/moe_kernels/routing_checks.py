@@ -42,7 +42,8 @@ def broken_logits(tokens: int, experts: int, seed: int) -> Tensor:
 
 def best_first(key: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest of the last dimension, equal ones by rising index."""
-    return torch.sort(ranking_key(key), dim=-1, descending=True, stable=True).indices[..., :count]
+    key = ranking_key(key) + 0.0  # no -0.0, which a GPU's radix sort may rank below 0.0
+    return torch.sort(key, dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -56,8 +57,9 @@ def check_rows(plan: mk.RoutingPlan, chosen: Tensor) -> None:
     by_group = chosen.view(groups, -1, plan.num_experts)
     assert torch.equal(parts.group_counts.long(), by_group.sum(1).flatten())
     assert torch.equal(plan.tokens_per_expert.long(), chosen.sum(0))
-    row_of = torch.full(chosen.shape, -1)
-    row_of[plan.token_indices.long(), plan.expert_of_row.long()] = torch.arange(plan.num_rows)
+    row_of = torch.full(chosen.shape, -1, device=chosen.device)
+    rows = torch.arange(plan.num_rows, device=chosen.device)
+    row_of[plan.token_indices.long(), plan.expert_of_row.long()] = rows
     assert torch.equal(row_of >= 0, chosen)
     assert torch.equal(plan.row_indices.long(), row_of[chosen])
     assert torch.equal(parts.row_experts.long(), chosen.nonzero()[:, 1])
@@ -75,7 +77,7 @@ def check_expert_choice(
     )
     tokens, experts = logits.shape
     key = plan.router_probs.view(groups, -1, experts).transpose(1, 2)
-    chosen = torch.zeros(groups, experts, tokens // groups, dtype=torch.bool)
+    chosen = torch.zeros(key.shape, dtype=torch.bool, device=key.device)
     chosen = chosen.scatter(2, best_first(key, capacity), True)
     check_rows(plan, chosen.transpose(1, 2).reshape(tokens, experts))
     return plan
@@ -95,7 +97,8 @@ def check_token_choice(
     best = best_first(key, top_k)
     assert plan.expert_indices is not None
     assert torch.equal(plan.expert_indices.long(), best)
-    check_rows(plan, torch.zeros(logits.shape, dtype=torch.bool).scatter(1, best, True))
+    chosen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    check_rows(plan, chosen.scatter(1, best, True))
     return plan
 
 

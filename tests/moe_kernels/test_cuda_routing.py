@@ -4,6 +4,7 @@ What is checked is in routing_checks.py. The simulated GPU is small, so that few
 several blocks, and runs the threads of a block in any order that a test asks for.
 """
 
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +69,7 @@ def bits(value: Tensor) -> Tensor:
 
 
 # More groups than one cluster takes, pools of several words and chunks, experts of several lanes.
-MORE_POOLS = [(300, 8, 3, 70), (97, 40, 9, 13), (40, 130, 1, 5), (20, 300, 2, 3), (1100, 2, 2, 200)]
+MORE_POOLS = [(300, 8, 3, 70), (97, 40, 9, 13), (40, 130, 1, 5), (20, 250, 2, 3), (1100, 2, 2, 200)]
 
 
 @pytest.mark.parametrize(("kind", "affinity"), CHOICES)
@@ -94,6 +95,41 @@ def test_both_sides_of_the_limits_between_kernels(size):
     logits = logits_of("ties", size, 3)
     for capacity in (1, 77, size):
         check_expert_choice(logits, capacity, 1, "softmax")
+
+
+# Blocks begin in the middle of a pool, and read what those before them found.
+SHARED_POOLS = [(300, 5, 1, 70), (97, 7, 3, 13), (1100, 1, 2, 200)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("size", "experts", "groups", "capacity"), SHARED_POOLS)
+def test_any_order_of_threads_takes_the_best(size, experts, groups, capacity, order, team):
+    simulate(order=ORDERS[order], seed=5)
+    for kind in ("normal", "ties"):
+        check_expert_choice(logits_of(kind, groups * size, experts), capacity, groups, "softmax")
+
+
+def close_logits(tokens: int) -> Tensor:
+    """Neighbouring floats from 1 upwards for one expert, in any order."""
+    steps = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))
+    one = torch.ones(tokens, dtype=torch.float32).view(torch.int32)
+    return (one + steps.int()).view(torch.float32).unsqueeze(1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_keys_that_differ_in_their_last_bits_alone(order, team):
+    simulate(order=ORDERS[order], seed=5)
+    for size, capacity in ((200, 70), (1100, 200)):
+        check_expert_choice(close_logits(size), capacity, 1, "identity")
+
+
+@pytest.mark.parametrize("outlier", [3e38, -3e38])
+@pytest.mark.parametrize("token", [0, 1023])  # of the first and of the last warp of a block
+def test_one_warp_alone_has_an_extreme_key(outlier, token, team):
+    logits = close_logits(1100)
+    logits[token] = outlier
+    for capacity in (1, 200, 1099):
+        check_expert_choice(logits, capacity, 1, "identity")
 
 
 def test_every_team_has_the_same_indices(monkeypatch):
@@ -300,8 +336,9 @@ def test_counters_are_left_at_zero():
         simulate(order=order)
         mk.expert_choice(make_logits(900, 6), num_groups=9)
         mk.token_choice(make_logits(900, 6), 2)
-    used = native.counters.take(torch.empty(0), (0, 0))
-    assert used.item() == 0
+    (page,) = native.counters.pages[0]
+    assert page <= native.counters.take((0, 0)) < page + 4 * native.PAGE
+    assert not any((ctypes.c_uint32 * native.PAGE).from_address(page))
 
 
 def test_a_launch_that_cannot_start_names_the_kernel():

@@ -11,6 +11,12 @@ Limits limits_of(int) {
 
 std::string why_no_gpu() { return ""; }
 
+uint32_t* new_counters(int, int64_t count) {
+  static std::vector<std::unique_ptr<uint32_t[]>> pages;
+  pages.emplace_back(new uint32_t[static_cast<size_t>(count)]());
+  return pages.back().get();
+}
+
 HostBlockState::HostBlockState(Fibers& fibers, int64_t index, int threads, int64_t shared_bytes)
     : barrier(fibers, threads, "block " + std::to_string(index)),
       shared(new char[static_cast<size_t>(shared_bytes)]) {

@@ -38,6 +38,11 @@ int resident_blocks(int, int, int64_t) {
   return simulated_gpu.blocks_per_processor;
 }
 
+template <class Kernel>
+int64_t largest_cluster(int, int, int64_t) {
+  return simulated_gpu.largest_cluster;
+}
+
 template <class Kernel, Team kTeam>
 void launch(const Device&, const Grid& grid, const typename Kernel::Args& args) {
   run_grid(grid, Kernel::name, Kernel::kThreads,

@@ -17,7 +17,7 @@ DEVICE_TYPES = ("cpu",) if SIMULATED else ("cuda",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 AFFINITIES = {"softmax": 0, "sigmoid": 1, "identity": 2}
 
-_PAGE = 4096  # counters
+PAGE = 4096  # counters that are allocated at a time
 
 
 def _module() -> ModuleType:
@@ -82,34 +82,32 @@ def place(tensor: Tensor) -> tuple[int, int]:
 
 
 class _Counters:
-    """Counters of blocks that have ended: 0, and 0 again when a kernel is done.
+    """Addresses of counters of blocks that have ended: 0, and 0 again when a kernel is done.
 
     The launches of a stream run one after another and share one. A launch that is captured into a
-    CUDA graph may be replayed beside others, and gets one for itself.
+    CUDA graph may be replayed beside others, and gets one for itself, for good. They are the
+    module's own memory: that of PyTorch may belong to a graph.
     """
 
     def __init__(self) -> None:
-        self._of_stream: dict[tuple[int, int], Tensor] = {}
-        self._unused: dict[int, list[Tensor]] = {}
+        self._of_stream: dict[tuple[int, int], int] = {}
+        self._unused: dict[int, list[int]] = {}
+        self.pages: dict[int, list[int]] = {}  # first addresses, of PAGE counters each
 
-    def take(self, tensor: Tensor, place: tuple[int, int]) -> Tensor:
-        """Return the counter of a launch; keep it until the launch."""
-        capturing = not SIMULATED and torch.cuda.is_current_stream_capturing()
-        if not capturing:
-            if place not in self._of_stream:
-                self._of_stream[place] = self._next(tensor, place[0])
-            return self._of_stream[place]
-        if not self._unused.get(place[0]):  # zeroed at every replay
-            return torch.zeros(1, dtype=torch.int32, device=tensor.device)
-        return self._unused[place[0]].pop()
+    def take(self, place: tuple[int, int]) -> int:
+        """Return the counter of a launch on this GPU and stream."""
+        if not SIMULATED and torch.cuda.is_current_stream_capturing():
+            return self._next(place[0])
+        if place not in self._of_stream:
+            self._of_stream[place] = self._next(place[0])
+        return self._of_stream[place]
 
-    def _next(self, tensor: Tensor, device: int) -> Tensor:
+    def _next(self, device: int) -> int:
         unused = self._unused.setdefault(device, [])
         if not unused:
-            page = torch.zeros(_PAGE, dtype=torch.int32, device=tensor.device)
-            if not SIMULATED:  # other streams will use them, too
-                torch.cuda.current_stream(tensor.device).synchronize()
-            unused.extend(page.split(1))
+            first = native.new_counters(device, PAGE)
+            self.pages.setdefault(device, []).append(first)
+            unused.extend(range(first, first + 4 * PAGE, 4))
         return unused.pop()
 
 

@@ -50,7 +50,7 @@ def _token_choice(
         selection_bias = selection_bias.to(logits.dtype).contiguous()
     where = place(logits)
     size = native.token_choice_workspace(tokens, experts, num_groups, top_k, where[0])
-    workspace, counter = _workspace(size, logits), counters.take(logits, where)
+    workspace = _workspace(size, logits)
     native.token_choice_fwd(
         *where,
         logits.data_ptr(),
@@ -62,7 +62,7 @@ def _token_choice(
         packed.data_ptr(),
         workspace.data_ptr(),
         workspace.data_ptr() + _FLAG_BYTES,
-        counter.data_ptr(),
+        counters.take(where),
         tokens,
         experts,
         num_groups,
@@ -93,7 +93,7 @@ def _expert_choice(
     weights, load_balance, z_loss, terms, packed = outputs
     where = place(logits)
     size = native.expert_choice_workspace(tokens, experts, num_groups, TEAM, where[0])
-    workspace, counter = _workspace(size, logits), counters.take(logits, where)
+    workspace = _workspace(size, logits)
     native.expert_choice_fwd(
         *where,
         logits.data_ptr(),
@@ -104,7 +104,7 @@ def _expert_choice(
         packed.data_ptr(),
         workspace.data_ptr(),
         workspace.data_ptr() + _FLAG_BYTES,
-        counter.data_ptr(),
+        counters.take(where),
         tokens,
         experts,
         num_groups,
