@@ -57,8 +57,8 @@ ptxas info    : Compile time = 1.832 ms
 # spills of the function are made up.
 CALLS = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN3moe4cuda6kernelINS0_6SelectIfLi128EEELNS0_4TeamE2EEEvNT_4ArgsE' for 'sm_90a'
-ptxas info    : Function properties for _ZN3moe4cuda6kernelINS0_6SelectIfLi128EEELNS0_4TeamE2EEEvNT_4ArgsE
+ptxas info    : Compiling entry function '_ZN3moe4cuda6kernelINS0_6SelectIfLi128EEELNS0_4TeamE1EEEvNT_4ArgsE' for 'sm_90a'
+ptxas info    : Function properties for _ZN3moe4cuda6kernelINS0_6SelectIfLi128EEELNS0_4TeamE1EEEvNT_4ArgsE
     32 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 20 registers, used 1 barriers, 48 bytes cumulative stack size, 512 bytes smem
 ptxas info    : Compile time = 5.940 ms
@@ -92,7 +92,7 @@ def test_called_functions_belong_to_their_kernel():
             "void moe::cuda::kernel<moe::cuda::(anonymous namespace)::Select<unsigned short, 256>, "
             "(moe::cuda::Team)1>(moe::cuda::(anonymous namespace)::Select<unsigned short, 256>"
             "::Args)",
-            "Select<unsigned short, 256>, cluster",
+            "Select<unsigned short, 256>, grid",
         ),
         ("_Z9no mangle", "_Z9no mangle"),
     ],
@@ -139,13 +139,29 @@ def test_more_registers_than_in_the_table_are_a_finding(tmp_path):
     assert "The kept table is of nvcc 13.0, this is nvcc 12.4" in remark
 
 
-def test_new_and_gone_kernels_are_remarked():
+def test_more_static_shared_memory_than_in_the_table_is_a_finding(tmp_path):
+    path = tmp_path / "table.json"
+    report.write([row(shared=16)], "n", path)
+    kept = report.read(path)
+    assert rules.compare([row(shared=16)], kept, "n")[0] == []
+    (lost,), _ = rules.compare([row(shared=17)], kept, "n")
+    assert "rows: copy [sm_80]: bytes of static shared memory were 16, are 17" in lost
+    report.write([row()], "n", path)  # zeros are left out
+    (lost,), _ = rules.compare([row(shared=4)], report.read(path), "n")
+    assert "were 0, are 4" in lost
+
+
+def test_new_and_gone_kernels_are_findings():
     other = rules.row_of("rows", "scale", Figures("_Z5scale", "sm_80", registers=8))
     elsewhere = rules.row_of("rows", "scale", Figures("_Z5scale", "sm_90", registers=8))
-    known = {one.key: one.fields for one in (other, elsewhere)}
-    lost, remark = rules.compare([row(registers=8)], {"nvcc": "n", "rows": known}, "n")
-    assert lost == []
-    assert "0 kernels compared with the kept table; 1 are not in it, 1 of it are gone" in remark
+    later = rules.row_of("rows", "copy", Figures("_Z4copy", "sm_103", registers=8))
+    kept = {"nvcc": "n", "rows": {one.key: one.fields for one in (other, elsewhere)}}
+    (new, gone), remark = rules.compare([row(registers=8), later], kept, "n")
+    assert new.startswith("rows: copy [sm_80] is not in the kept table: run python -m ")
+    assert new.endswith("--update")
+    assert gone.startswith("rows: scale [sm_80] is gone, ")
+    assert remark == "0 kernels compared with the kept table; it has nothing for sm_103"
+    assert rules.compare([row(registers=8)], kept, "another nvcc")[0] == []
 
 
 def test_table_is_written_to_be_read(tmp_path):

@@ -309,18 +309,54 @@ def test_another_gpu_than_the_current_one_serves(name):
         assert_same_bits([tensor.to(logits.device) for tensor in found], expected)
 
 
-def expert_choice_of(experts: int) -> None:
-    """A launch over 64 tokens that has to be refused before it starts: all addresses are null."""
-    addresses = (0,) * 9
-    sizes = (64, experts, 1, 2)  # T, E, G, C
-    native.native.expert_choice_fwd(0, 0, *addresses, *sizes, 0, False, 1.0, 1)
+@each_route
+def test_a_capture_on_another_gpu_than_the_current_one_takes_counters_of_its_own(name, monkeypatch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second GPU")
+    take, taken = native.counters.take, []
+
+    def watched(place: tuple[int, int]) -> int:
+        taken.append(take(place))
+        return taken[-1]
+
+    monkeypatch.setattr(native.counters, "take", watched)
+    logits = logits_for(name).to("cuda:1")
+    with torch.cuda.device(1):
+        stream = new_stream()
+        with torch.cuda.stream(stream):
+            expected = route_step(name, logits)
+        eager = set(taken)
+        taken.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream), torch.cuda.device(0):
+            outputs = route_step(name, logits)
+        assert taken
+        assert not eager & set(taken)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(outputs, expected)
 
 
-def test_a_launch_that_cannot_start_names_the_kernel():
+# Nothing may run on these: every address is null.
+SIZES = 64, native.MOST_EXPERTS + 1, 1  # T, E, G
+REFUSED: dict[str, Callable[[], None]] = {
+    "expert_choice": lambda: native.native.expert_choice_fwd(
+        0, 0, *(0,) * 9, *SIZES, 2, 0, False, 1.0, 1
+    ),
+    "token_choice": lambda: native.native.token_choice_fwd(
+        0, 0, *(0,) * 10, *SIZES, 2, 1, 1, 0, False, 1.0
+    ),
+}
+
+
+def test_sizes_that_no_kernel_takes_are_refused_before_a_launch():
     logits = logits_for("clusters")
     expected = route_step("clusters", logits)
-    with pytest.raises(RuntimeError, match="kernel expert_choice_fwd"):
-        expert_choice_of(experts=16 * native.MOST_EXPERTS)
+    most = native.MOST_EXPERTS
+    for name, call in REFUSED.items():
+        wanted = f"{name} got {most + 1} experts; the CUDA kernels take 1 to {most}"
+        with pytest.raises(ValueError, match=wanted):
+            call()
     with pytest.raises(ValueError, match=r"gather got dtype number 1; .* float32, bfloat16"):
         native.native.gather(0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 8)
     with pytest.raises(ValueError, match="2147483648 numbers; at most 1073741824"):

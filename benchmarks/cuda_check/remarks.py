@@ -16,7 +16,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 DEMANGLERS = ("c++filt", "cu++filt", "llvm-cxxfilt")
 # By the number of the enumerator; see csrc/cuda/block.hpp.
-_TEAMS = ("block", "cluster", "grid")
+_TEAMS = ("cluster", "grid")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def readable(symbols: list[str]) -> Iterator[str]:
 
 
 def shorten(name: str) -> str:
-    """Drop result, arguments and namespaces; ``kernel<K, (Team)1>`` becomes ``K, cluster``."""
+    """Drop result, arguments and namespaces; ``kernel<K, (Team)1>`` becomes ``K, grid``."""
     name = name.replace("(anonymous namespace)::", "").replace("moe::cuda::", "")
     name = _without_arguments(name.removeprefix("void "))
     launched = re.fullmatch(r"kernel<(.*), \(Team\)(\d)>", name)

@@ -12,6 +12,11 @@ STACK_ALLOWED: dict[str, int] = {}
 
 # Small changes of the source move the count by this much either way.
 MORE_REGISTERS = 4
+# Figures that must not grow: field, words, slack.
+COMPARED = (
+    ("registers", "registers", MORE_REGISTERS),
+    ("shared", "bytes of static shared memory", 0),
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,18 @@ def broken(row: Row) -> list[str]:
 
 def worse(row: Row, kept: dict[str, Any]) -> list[str]:
     """What a kernel lost against its row in the table."""
-    was, now = kept.get("registers", 0), row.fields["registers"]
-    if now <= was + MORE_REGISTERS:
-        return []
-    return [f"{row.key}: registers were {was}, are {now}; if that is meant: {UPDATE}"]
+    found = []
+    for field, words, slack in COMPARED:
+        was, now = kept.get(field, 0), row.fields[field]
+        if now > was + slack:
+            found.append(f"{row.key}: {words} were {was}, are {now}; if that is meant: {UPDATE}")
+    return found
 
 
 def compare(rows: list[Row], kept: dict[str, Any], version: str) -> tuple[list[str], str]:
-    """What was lost against the kept table, and a remark on what was compared.
+    """What differs from the kept table for the worse, or in its kernels; and what was compared.
+
+    Architectures that only one of the two has are not compared.
 
     Args:
         rows: of this build.
@@ -72,11 +81,21 @@ def compare(rows: list[Row], kept: dict[str, Any], version: str) -> tuple[list[s
             "checked (spills, stack)."
         )
     known = kept["rows"]
-    lost = [line for row in rows if row.key in known for line in worse(row, known[row.key])]
-    archs, keys = {row.fields["arch"] for row in rows}, {row.key for row in rows}
-    new = len(keys - set(known))
-    gone = sum(key not in keys and fields["arch"] in archs for key, fields in known.items())
-    remark = f"{len(keys) - new} kernels compared with the kept table"
-    if new or gone:
-        remark += f"; {new} are not in it, {gone} of it are gone: {UPDATE}"
-    return lost, remark
+    built, keys = {row.fields["arch"] for row in rows}, {row.key for row in rows}
+    archs = built & {fields["arch"] for fields in known.values()}
+    found, compared = [], 0
+    for row in rows:
+        if row.key in known:
+            compared += 1
+            found += worse(row, known[row.key])
+        elif row.fields["arch"] in archs:
+            found.append(f"{row.key} is not in the kept table: run {UPDATE}")
+    found += [
+        f"{key} is gone, the kept table has it; if that is meant: {UPDATE}"
+        for key, fields in known.items()
+        if key not in keys and fields["arch"] in archs
+    ]
+    remark = f"{compared} kernels compared with the kept table"
+    if built - archs:
+        remark += f"; it has nothing for {', '.join(sorted(built - archs))}"
+    return found, remark

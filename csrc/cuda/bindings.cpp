@@ -54,6 +54,7 @@ PYBIND11_MODULE(MOE_MODULE, module) {
   module.doc() = "CUDA kernels of moe_kernels; see csrc/README.md";
   module.attr("MOST_EXPERTS") = kMostExperts;
   module.def("why_no_gpu", &why_no_gpu);
+  module.def("is_capturing", [](Address stream) { return is_capturing(at<>(stream)); });
   module.def("new_counters", [](int device, int64_t count) {
     return reinterpret_cast<Address>(new_counters(device, count));
   });

@@ -7,9 +7,8 @@
 //   shared<T>()                                the block's dynamic shared memory
 //   sync_warp() sync() sync_team()             wait for the warp, the block, the team; what was
 //                                              written before is seen by all of them after
-//   sync_warps(n)                              the same for n neighbouring warps: 1, all, or a
-//   power
-//                                              of two that is at least a quarter of them
+//   sync_warps(n)                              the same for n neighbouring warps: one, all of the
+//                                              block, or a quarter or half of them
 //   ballot(bool) shuffle(v, lane) shuffle_xor(v, mask) shuffle_up(v, n)   whole warps only
 //   add_shared(int*, n) or_shared(uint32_t*, bits) add_global(int*, n)    atomic, of integers only,
 //                                              without result: any order gives the same
@@ -46,7 +45,7 @@ MOE_DEVICE int count_bits(uint32_t word) {
 #endif
 }
 
-// Bits of the lowest 1 upwards; 32 for 0.
+// Zeros above the highest 1; 32 for 0.
 MOE_DEVICE int leading_zeros(uint32_t word) {
 #if defined(__CUDA_ARCH__)
   return __clz(static_cast<int>(word));
@@ -106,8 +105,10 @@ struct Range {
   int64_t begin, end;
 };
 
+// Counts are below 2^32: a division in 64 bits is a call.
 MOE_DEVICE Range share(int64_t count, int64_t index, int64_t parts) {
-  const int64_t each = count / parts, more = count % parts;
+  const uint32_t items = static_cast<uint32_t>(count);
+  const int64_t each = items / static_cast<uint32_t>(parts), more = count - each * parts;
   const int64_t begin = index * each + smaller(index, more);
   return {begin, begin + each + (index < more ? 1 : 0)};
 }

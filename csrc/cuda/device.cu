@@ -43,6 +43,14 @@ Limits limits_of(int device) {
   return known[device] = limits;
 }
 
+bool is_capturing(void* stream) {
+  if (stream == nullptr) return false;  // the legacy stream cannot be, and must not be asked
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "ask the stream of",
+        "launch");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 uint32_t* new_counters(int device, int64_t count) {
   const DeviceGuard guard(device);
   // Allocating is no part of a capture that this or another thread has under way.

@@ -8,6 +8,18 @@ namespace moe::cuda {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
+// A block's place in its cluster and among clusters; every block is one of its own below SM90.
+#if __CUDA_ARCH__ >= 900
+#define MOE_CLUSTER_REGISTER(name, otherwise)   \
+  [] {                                          \
+    uint32_t value;                             \
+    asm("mov.u32 %0, " name ";" : "=r"(value)); \
+    return value;                               \
+  }()
+#else
+#define MOE_CLUSTER_REGISTER(name, otherwise) otherwise
+#endif
+
 template <Team kTeam>
 struct DeviceBlock {
   __device__ int thread() const { return threadIdx.x; }
@@ -18,19 +30,19 @@ struct DeviceBlock {
 
   __device__ int64_t rank() const {
     if constexpr (kTeam == Team::grid) return blockIdx.x;
-    return blockIdx.x % cluster_blocks();
+    return MOE_CLUSTER_REGISTER("%%cluster_ctarank", 0);
   }
   __device__ int64_t team_blocks() const {
     if constexpr (kTeam == Team::grid) return gridDim.x;
-    return cluster_blocks();
+    return MOE_CLUSTER_REGISTER("%%cluster_nctarank", 1);
   }
   __device__ int64_t team() const {
     if constexpr (kTeam == Team::grid) return 0;
-    return blockIdx.x / cluster_blocks();
+    return MOE_CLUSTER_REGISTER("%%clusterid.x", blockIdx.x);
   }
   __device__ int64_t teams() const {
     if constexpr (kTeam == Team::grid) return 1;
-    return gridDim.x / cluster_blocks();
+    return MOE_CLUSTER_REGISTER("%%nclusterid.x", gridDim.x);
   }
 
   template <class T>
@@ -95,26 +107,21 @@ struct DeviceBlock {
   // True in every thread of the last of `count` blocks to come here; that block sees what the
   // others wrote before. The counter is 0 before and after.
   __device__ bool is_last_of(uint32_t* counter, int64_t count) const {
-    const uint32_t last = static_cast<uint32_t>(count - 1);
-    __threadfence();
+    const uint32_t most = static_cast<uint32_t>(count - 1);
+    bool is_last = false;
     __syncthreads();
-    const bool is_last = __syncthreads_or(threadIdx.x == 0 && atomicInc(counter, last) == last);
-    __threadfence();
-    return is_last;
+    if (threadIdx.x == 0) {
+      __threadfence();  // also of what the others wrote before the barrier
+      is_last = atomicInc(counter, most) == most;
+      __threadfence();
+    }
+    return __syncthreads_or(is_last);
   }
 
  private:
   template <int kBarrier>
   __device__ static void sync_run(int warps) {
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(warps * 32) : "memory");
-  }
-
-  __device__ static int64_t cluster_blocks() {
-    uint32_t blocks = 1;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
-#endif
-    return blocks;
   }
 };
 

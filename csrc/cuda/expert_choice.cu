@@ -31,11 +31,6 @@ struct Parts {
   int32_t *team_held, *counts, *of_chunk, *above, *chunk_taken;
 };
 
-int64_t most_blocks(int device) {
-  // Eight blocks of 256 threads fill a processor of any GPU.
-  return int64_t{8} * limits_of(device).processors;
-}
-
 Parts cut_workspace(Workspace& space, int64_t tokens, int64_t experts, int64_t groups,
                     TeamChoice choice, int device) {
   const int64_t size = tokens / groups, words = (size + 31) / 32;
@@ -60,27 +55,20 @@ Parts cut_workspace(Workspace& space, int64_t tokens, int64_t experts, int64_t g
 }
 
 // Tokens that a block turns from rows into columns at a time.
-int tile_of(const TokenShape& shape, int threads, int64_t shared_bytes) {
-  const int slots = threads / shape.lanes;
-  int tile = std::max(32, slots);
-  while (tile > slots && int64_t{4} * shape.experts * (tile + 1) > shared_bytes) tile /= 2;
-  return tile;
-}
+int tile_of(const TokenShape& shape, int threads) { return std::max(32, threads / shape.lanes); }
 
 int64_t common_bytes(const ExpertChoiceArgs& args, int threads) {
   const int64_t tile = int64_t{4} * args.shape.experts * (args.tile + 1);
   return std::max({tile, sums_bytes(args.shape.experts, threads),
                    columns_bytes<double>(args.shape.experts + kMoreSums, threads) +
-                       columns_bytes<int>(args.shape.experts + 1, threads),
-                   int64_t{4} * (args.shape.experts + 1)});
+                       columns_bytes<int>(args.shape.experts + 1, threads)});
 }
 
 template <class Kernel, Team kTeam>
 void launch_teams(const Device& device, const typename Kernel::Args& args, Grid grid) {
-  const int64_t resident =
-      int64_t{limits_of(device.index).processors} *
-      resident_blocks<Kernel, kTeam>(device.index, grid.threads, grid.shared_bytes);
-  const int64_t most = std::min(resident, most_blocks(device.index));
+  const int64_t most =
+      std::min(blocks_at_once<Kernel, kTeam>(device.index, grid.threads, grid.shared_bytes),
+               most_blocks(device.index));
   if (kTeam == Team::grid) {
     grid.team_size = std::min(grid.team_size, most);  // all of them have to run at once
   } else {
@@ -180,50 +168,28 @@ int64_t expert_choice_workspace(int64_t tokens, int64_t experts, int64_t groups,
 }
 
 void expert_choice_fwd(const Device& device, const ExpertChoiceCall& call) {
-  check_sizes("expert_choice", call, call.experts * call.groups * call.capacity);
+  const int64_t rows = call.experts * call.groups * call.capacity;
+  check_sizes("expert_choice", call, rows);
   Workspace space(call.workspace);
   const Parts parts =
       cut_workspace(space, call.tokens, call.experts, call.groups, call.team, device.index);
-  const PlanLayout layout(call.tokens, call.experts, call.groups,
-                          call.experts * call.groups * call.capacity);
   ExpertChoiceArgs args = {};
-  args.logits = call.logits;
-  args.weights = call.weights;
-  args.load_balance = call.load_balance;
-  args.z_loss = call.z_loss;
-  args.terms = call.terms;
-  args.token_indices = call.packed + layout.token_indices;
-  args.row_indices = call.packed + layout.row_indices;
-  args.row_experts = call.packed + layout.row_experts;
-  args.row_offsets = call.packed + layout.row_offsets;
-  args.expert_offsets = call.packed + layout.expert_offsets;
-  args.tokens_per_expert = call.packed + layout.tokens_per_expert;
-  args.histogram = call.packed + layout.histogram;
-  args.group_counts = call.packed + layout.group_counts;
-  args.non_finite = call.non_finite;
-  args.counter = call.counter;
+  fill_args(args, call, rows);
   args.affinities = parts.affinities;
   args.taken = parts.taken;
   args.before = parts.before;
   args.block_sums = parts.block_sums;
   args.team_sums = parts.team_sums;
   args.team_held = parts.team_held;
-  args.shape = token_shape(call.logits, call.experts, call.affinity);
-  args.tokens = static_cast<int32_t>(call.tokens);
-  args.groups = static_cast<int32_t>(call.groups);
-  args.group_size = static_cast<int32_t>(call.tokens / call.groups);
   args.words = (args.group_size + 31) / 32;
   args.capacity = static_cast<int32_t>(call.capacity);
-  args.per_token = call.per_token;
-  args.scale = call.scale;
   const int threads = is_long(args.group_size, call.team) ? ExpertChoiceLong<4>::kThreads
                                                           : threads_for(args.group_size);
-  args.tile = tile_of(args.shape, threads, limits_of(device.index).shared_bytes);
-  switch (values_for(call.experts)) {
-    case 4:
-      return launch_values<4>(device, args, parts, call.team);
-    default:
-      return launch_values<8>(device, args, parts, call.team);
+  args.tile = tile_of(args.shape, threads);
+  if (values_for(call.experts) == 4) {
+    launch_values<4>(device, args, parts, call.team);
+  } else {
+    launch_values<8>(device, args, parts, call.team);
   }
 }
 

@@ -11,38 +11,20 @@
 
 #include "radix.hpp"
 #include "reduce.hpp"
-#include "token_lanes.hpp"
+#include "route_args.hpp"
 
 namespace moe::cuda {
 
-struct ExpertChoiceArgs {
-  const float* logits;
-  float* weights;
-  float* load_balance;
-  float* z_loss;
-  float* terms;
-  int32_t* token_indices;
-  int32_t* row_indices;
-  int32_t* row_experts;
-  int32_t* row_offsets;
-  int32_t* expert_offsets;
-  int32_t* tokens_per_expert;
-  int32_t* histogram;
-  int32_t* group_counts;
-  int32_t* non_finite;
-  uint32_t* counter;
+struct ExpertChoiceArgs : RouteArgs {
   float* affinities;   // (G, E, S)
   uint32_t* taken;     // (G, W, E): a bit for each of 32 tokens, W = S / 32 rounded up
   uint32_t* before;    // (G, W, E): tokens taken before those
   double* block_sums;  // (blocks, E + 3) loss sums, see token_lanes.hpp
   double* team_sums;   // (teams, E + 3)
   int32_t* team_held;  // (teams, E + 1) tokens that 0, 1, ..., E experts took
-  TokenShape shape;
-  int32_t tokens, groups, group_size, words, capacity;
+  int32_t words, capacity;
   int gang;  // warps that select from a pool
   int tile;  // tokens that a block transposes at a time, a multiple of those in its registers
-  bool per_token;
-  float scale;
 };
 
 // The groups of the team at hand.

@@ -85,8 +85,9 @@ MOE_DEVICE Range chunks_of(const Block& block, const ExpertChoiceLongArgs& args)
   return share(pools_of(args) * args.chunks, block.rank(), block.team_blocks());
 }
 
-// Counts the keys of tokens [first, last) of a pool into `counts`; returns how many are above.
-template <class Block>
+// Counts the keys of tokens [first, last) of a pool into `counts`; returns how many of the thread's
+// are above all of these, where that is wanted.
+template <bool kAbove, class Block>
 MOE_DEVICE int count_digits(const Block& block, const LongKey& key, const float* affinities,
                             int first, int last, uint32_t prefix, int open, int shift,
                             int* counts) {
@@ -106,7 +107,7 @@ MOE_DEVICE int count_digits(const Block& block, const LongKey& key, const float*
       const uint32_t own = key.of(values[k]);
       const uint32_t own_prefix = static_cast<uint32_t>(static_cast<uint64_t>(own) >> open);
       if (own_prefix == prefix) block.add_shared(counts + (own >> shift & digits), 1);
-      if (own_prefix > prefix) above += 1;
+      if (kAbove && own_prefix > prefix) above += 1;
     }
   }
   return above;
@@ -137,9 +138,15 @@ MOE_DEVICE void count_keys(const Block& block, const ExpertChoiceLongArgs& args,
     block.sync();
     const int64_t first = (i - pool * args.chunks) * args.chunk;
     const int64_t last = smaller<int64_t>(first + (next - i) * args.chunk, args.common.group_size);
-    const int above = count_digits(
-        block, key, args.common.affinities + pool * args.common.group_size, static_cast<int>(first),
-        static_cast<int>(last), found.prefix, open, shift, counts);
+    const float* affinities = args.common.affinities + pool * args.common.group_size;
+    const int begin = static_cast<int>(first), end = static_cast<int>(last);
+    int above = 0;
+    if (is_last) {
+      above =
+          count_digits<true>(block, key, affinities, begin, end, found.prefix, open, shift, counts);
+    } else {
+      count_digits<false>(block, key, affinities, begin, end, found.prefix, open, shift, counts);
+    }
     if (is_last && above != 0) block.add_shared(above_of_block, above);
     block.sync();
     int32_t* all = args.counts + (pass * pools_of(args) + pool) * kLongDigits;

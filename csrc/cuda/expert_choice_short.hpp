@@ -45,7 +45,7 @@ MOE_DEVICE void select_pools(const Block& block, const ExpertChoiceArgs& args) {
               [](float affinity) { return ordered_key(affinity); });
     gang.sync();
     const Threshold threshold = find_threshold(gang, keys, size, args.capacity, counts);
-    const int64_t group = pool / experts;
+    const int64_t group = static_cast<uint32_t>(pool) / static_cast<uint32_t>(experts);
     take_tokens(gang, args, group, static_cast<int>(pool - group * experts), 0, size, threshold,
                 {0, 0}, counts, [keys](int token) { return keys[token]; });
     gang.sync();

@@ -22,12 +22,18 @@ namespace moe::cuda {
 // they may count past the end.
 inline void check_sizes(const char* op, const RouteCall& call, int64_t rows) {
   constexpr int64_t kMost = INT32_MAX - (1 << 16);
+  if (call.experts < 1 || call.experts > kMostExperts) {
+    throw std::invalid_argument(std::string(op) + " got " + std::to_string(call.experts) +
+                                " experts; the CUDA kernels take 1 to " +
+                                std::to_string(kMostExperts) + ". Use another backend for more.");
+  }
   if (call.tokens <= kMost && rows <= kMost && call.groups * call.experts <= kMost) return;
   throw std::invalid_argument(std::string(op) + " got " + std::to_string(call.tokens) +
                               " tokens in " + std::to_string(call.groups) + " groups, " +
                               std::to_string(call.experts) + " experts and " +
                               std::to_string(rows) + " rows; at most " + std::to_string(kMost) +
-                              " tokens, rows, and groups times experts are possible.");
+                              " tokens, rows, and groups times experts are possible. "
+                              "Use backend 'reference', or route in several calls.");
 }
 
 struct Grid {
@@ -53,3 +59,17 @@ Limits limits_of(int device);
 #else
 #include "device_launch.cuh"
 #endif
+
+namespace moe::cuda {
+
+// Blocks that the whole GPU holds at once.
+template <class Kernel, Team kTeam>
+int64_t blocks_at_once(int device, int threads, int64_t shared_bytes) {
+  return int64_t{limits_of(device).processors} *
+         resident_blocks<Kernel, kTeam>(device, threads, shared_bytes);
+}
+
+// As many as any GPU holds of 256 threads: workspaces have room for these.
+inline int64_t most_blocks(int device) { return int64_t{8} * limits_of(device).processors; }
+
+}  // namespace moe::cuda

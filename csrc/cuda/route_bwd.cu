@@ -12,10 +12,9 @@ namespace {
 template <class Kernel>
 void launch_items(const Device& device, const typename Kernel::Args& args, int64_t items,
                   int64_t shared_bytes) {
-  const int64_t resident =
-      int64_t{limits_of(device.index).processors} *
-      resident_blocks<Kernel, Team::cluster>(device.index, Kernel::kThreads, shared_bytes);
-  const Grid grid = {std::min(items, resident), 1, Kernel::kThreads, shared_bytes};
+  const int64_t most =
+      blocks_at_once<Kernel, Team::cluster>(device.index, Kernel::kThreads, shared_bytes);
+  const Grid grid = {std::min(items, most), 1, Kernel::kThreads, shared_bytes};
   launch<Kernel, Team::cluster>(device, grid, args);
 }
 

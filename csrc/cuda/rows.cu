@@ -20,10 +20,8 @@ constexpr int64_t kLargestHidden = 1 << 30;
 template <class Kernel>
 void launch_warps(const Device& device, const typename Kernel::Args& args, int64_t items) {
   constexpr int64_t kWarps = Kernel::kThreads / 32;
-  const int64_t resident =
-      resident_blocks<Kernel, Team::cluster>(device.index, Kernel::kThreads, 0);
-  const int64_t blocks =
-      std::min((items + kWarps - 1) / kWarps, limits_of(device.index).processors * resident);
+  const int64_t most = blocks_at_once<Kernel, Team::cluster>(device.index, Kernel::kThreads, 0);
+  const int64_t blocks = std::min((items + kWarps - 1) / kWarps, most);
   launch<Kernel, Team::cluster>(device, {blocks, 1, Kernel::kThreads, 0}, args);
 }
 
@@ -51,7 +49,8 @@ template <class Bits, class Body>
 void with_unit(int64_t hidden, std::initializer_list<const void*> buffers, Body body) {
   if (hidden > kLargestHidden) {
     throw std::invalid_argument("rows have " + std::to_string(hidden) + " numbers; at most " +
-                                std::to_string(kLargestHidden) + " are possible.");
+                                std::to_string(kLargestHidden) +
+                                " are possible; use backend 'reference'.");
   }
   const auto is_aligned = [](const void* buffer) {
     return reinterpret_cast<uintptr_t>(buffer) % sizeof(Vector) == 0;

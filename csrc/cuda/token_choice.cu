@@ -10,11 +10,6 @@ namespace moe::cuda {
 
 namespace {
 
-int64_t most_blocks(int device) {
-  // Eight blocks of 256 threads fill a processor of any GPU.
-  return int64_t{8} * limits_of(device).processors;
-}
-
 // Tokens of a chunk: small enough that every processor gets two, large enough that a block has work
 // for all threads and that what a chunk costs beside its tokens does not matter.
 int32_t chunk_of(int64_t tokens, int64_t experts, int64_t group_size, int device) {
@@ -54,10 +49,9 @@ template <int V>
 void launch_values(const Device& device, const TokenChoiceArgs& args, int64_t chunks) {
   using Kernel = TokenChoice<V>;
   Grid grid = {1, 1, Kernel::kThreads, Kernel::shared_bytes(args, Kernel::kThreads)};
-  const int64_t resident =
-      int64_t{limits_of(device.index).processors} *
-      resident_blocks<Kernel, Team::grid>(device.index, grid.threads, grid.shared_bytes);
-  const int64_t most = std::min(resident, most_blocks(device.index));
+  const int64_t most =
+      std::min(blocks_at_once<Kernel, Team::grid>(device.index, grid.threads, grid.shared_bytes),
+               most_blocks(device.index));
   // No more blocks than give each as many chunks as the busiest has: the others would only wait.
   const int64_t rounds = std::max<int64_t>((chunks + most - 1) / most, 1);
   grid.team_size = std::max<int64_t>((chunks + rounds - 1) / rounds, 1);
@@ -78,25 +72,9 @@ void token_choice_fwd(const Device& device, const TokenChoiceCall& call) {
   Workspace space(call.workspace);
   const Cut cut =
       cut_tokens(space, call.tokens, call.experts, call.groups, call.top_k, device.index);
-  const PlanLayout layout(call.tokens, call.experts, call.groups, call.tokens * call.top_k);
   TokenChoiceArgs args = {};
-  args.logits = call.logits;
+  fill_args(args, call, call.tokens * call.top_k);
   args.selection_bias = call.selection_bias;
-  args.weights = call.weights;
-  args.load_balance = call.load_balance;
-  args.z_loss = call.z_loss;
-  args.terms = call.terms;
-  args.token_indices = call.packed + layout.token_indices;
-  args.row_indices = call.packed + layout.row_indices;
-  args.row_experts = call.packed + layout.row_experts;
-  args.row_offsets = call.packed + layout.row_offsets;
-  args.expert_offsets = call.packed + layout.expert_offsets;
-  args.tokens_per_expert = call.packed + layout.tokens_per_expert;
-  args.histogram = call.packed + layout.histogram;
-  args.group_counts = call.packed + layout.group_counts;
-  args.expert_indices = call.packed + layout.expert_indices;
-  args.non_finite = call.non_finite;
-  args.counter = call.counter;
   args.affinities = cut.affinities;
   args.numbers = cut.numbers;
   args.chunk_sums = cut.chunk_sums;
@@ -104,17 +82,11 @@ void token_choice_fwd(const Device& device, const TokenChoiceCall& call) {
   args.block_counts = cut.block_counts;
   args.sums = cut.sums;
   args.balances = cut.balances;
-  args.shape = token_shape(call.logits, call.experts, call.affinity);
-  args.tokens = static_cast<int32_t>(call.tokens);
-  args.groups = static_cast<int32_t>(call.groups);
-  args.group_size = static_cast<int32_t>(call.tokens / call.groups);
   args.top_k = static_cast<int32_t>(call.top_k);
   args.expert_groups = static_cast<int32_t>(call.expert_groups);
   args.top_k_groups = static_cast<int32_t>(call.top_k_groups);
   args.chunk = cut.chunk;
   args.chunks_per_group = cut.chunks_per_group;
-  args.per_token = call.per_token;
-  args.scale = call.scale;
   if (values_for(call.experts) == 4) {
     launch_values<4>(device, args, cut.chunks);
   } else {

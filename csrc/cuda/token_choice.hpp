@@ -3,33 +3,18 @@
 // The tokens are cut into chunks, each inside one group, and every block has a run of chunks. It
 // numbers its own choices of each expert in the order of tokens (a bit a token, counted; so no
 // atomic whose order matters). Then all blocks meet once, and a block's rows start after those of
-// the blocks before it. Loss sums of the chunks are added up by the last block to end.
+// the blocks before it. Then they add up the loss sums of the chunks, too, and the last block to
+// end makes losses of them.
 #pragma once
 
 #include "radix.hpp"
 #include "reduce.hpp"
-#include "token_lanes.hpp"
+#include "route_args.hpp"
 
 namespace moe::cuda {
 
-struct TokenChoiceArgs {
-  const float* logits;
+struct TokenChoiceArgs : RouteArgs {
   const float* selection_bias;
-  float* weights;
-  float* load_balance;
-  float* z_loss;
-  float* terms;
-  int32_t* token_indices;
-  int32_t* row_indices;
-  int32_t* row_experts;
-  int32_t* row_offsets;
-  int32_t* expert_offsets;
-  int32_t* tokens_per_expert;
-  int32_t* histogram;
-  int32_t* group_counts;
-  int32_t* expert_indices;
-  int32_t* non_finite;
-  uint32_t* counter;
   float* affinities;      // (T, K) of the chosen experts
   int32_t* numbers;       // (T, K) of each choice among those of its block and expert
   double* chunk_sums;     // (chunks, E + 3) loss sums, see token_lanes.hpp
@@ -37,12 +22,9 @@ struct TokenChoiceArgs {
   int32_t* block_counts;  // (blocks, E)
   double* sums;           // (E + 3,)
   double* balances;       // (blocks,) of the groups that each block adds up
-  TokenShape shape;
-  int32_t tokens, groups, group_size, top_k, expert_groups, top_k_groups;
+  int32_t top_k, expert_groups, top_k_groups;
   int32_t chunk;             // tokens of a chunk, fewer at the end of a group
   int32_t chunks_per_group;  // the number of chunks is at most 2^31 - 1, too
-  bool per_token;
-  float scale;
 };
 
 // Ranks by key, then by falling index: equal keys go to the lower index. No two are equal.
@@ -368,9 +350,9 @@ struct TokenChoice {
     const int64_t experts = args.shape.experts, words = (args.chunk + 31) / 32;
     const bool limited = args.top_k_groups < args.expert_groups;
     const int64_t groups = limited ? threads / args.shape.lanes * 2 * experts * int64_t{4} : 0;
-    const int64_t scratch =
-        std::max({groups, sums_bytes(experts, threads), columns_bytes<double>(1, threads),
-                  2 * columns_bytes<int>(experts, threads)});
+    const int64_t scratch = std::max({groups, sums_bytes(experts, threads),
+                                      threads / 32 * static_cast<int64_t>(sizeof(double)),
+                                      2 * columns_bytes<int>(experts, threads)});
     return ((experts + 3) / 4 * 4 + (experts * words + 3) / 4 * 4) * 4 + scratch;
   }
 };

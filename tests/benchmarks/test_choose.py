@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import choose, output
+from benchmarks.entry import BY_BACKEND, Entry
 from benchmarks.environment import ROOT
 from benchmarks.gpu.figures import figures_of
 from benchmarks.gpu.limits import Limits
@@ -38,11 +39,26 @@ def result(stage: str, shape: str, **speedups: float) -> dict[str, Any]:
     }
 
 
+def entry_of(stage: str, shape: str) -> Entry:
+    return Entry(f"gpu_{stage}/{shape}", stage, {}, {}, ("forward",), (*BY_BACKEND, "ours"))
+
+
 @pytest.fixture
-def document():
+def suite(monkeypatch):
+    """The suite whose entries the document has."""
+    entries = [entry_of("expert_choice", shape) for shape in ("S256", "S1024", "S4096")]
+    entries += [entry_of("combine", "T8192"), entry_of("dispatch", "T8192")]
+    entries.append(Entry("gpu_combine/eager", "combine", {}, {}, ("forward",), ("eager", "ours")))
+    monkeypatch.setattr(choose, "GPU_ENTRIES", tuple(entries))
+
+
+@pytest.fixture
+def document(suite):
     return {
         "environment": {"device": {"capability": "9.0", "cuda": "13.0"}},
         "complete": True,
+        "tests": {"tests/test_gpu.py": {"words": "3 passed", "seconds": 1.0, "failed": False}},
+        "sanitizer": {"compute-sanitizer memcheck": {"words": "no errors", "failed": False}},
         "not_measured": [],
         "entries": [
             result("expert_choice", "S256", forward=1.5, backward=1.25, both=FAST),
@@ -83,11 +99,38 @@ def test_one_slower_mode_of_one_shape_keeps_triton(document):
 
 
 def test_expert_choice_has_to_earn_its_place(document):
-    for entry in document["entries"][:2]:
-        entry["modes"]["forward"]["times"]["ours:cuda"]["median"] = 7e-5 / 1.25
+    forward = document["entries"][1]["modes"]["forward"]
+    forward["times"]["ours:cuda"]["median"] = 7e-5 / 1.45
     reason = only(document, "expert_choice").why_triton()
-    assert reason == "cuda's forward is 1.25x as fast, wanted is 1.5x"
-    assert only(document, "combine").why_triton() is None
+    assert reason == (
+        "cuda's forward is 1.45x as fast at gpu_expert_choice/S1024, wanted is 1.5x at every shape"
+    )
+    assert [entry.op for entry in choose.choices(document, CITED)] == ["combine"]
+    forward["times"]["ours:cuda"]["median"] = 7e-5 / 1.55
+    assert only(document, "expert_choice").why_triton() is None
+
+
+def test_a_partial_run_decides_nothing(document):
+    del document["entries"][1]
+    reason = only(document, "expert_choice").why_triton()
+    assert reason == "gpu_expert_choice/S1024: not measured (it was left out of the run)"
+    document["not_measured"] = [{"name": "gpu_expert_choice/S1024", "reason": "no time"}]
+    reason = only(document, "expert_choice").why_triton()
+    assert reason == "gpu_expert_choice/S1024: not measured (no time)"
+    # An entry that does not time both backends is not missed, nor an op that has none at all.
+    assert [entry.op for entry in choose.choices(document, CITED)] == ["combine"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("tests", "tests/test_gpu.py"), ("sanitizer", "compute-sanitizer memcheck")],
+)
+def test_a_run_with_a_failure_is_refused(document, kind, name):
+    document[kind][name]["failed"] = True
+    with pytest.raises(ValueError, match=f"failed in {name}; .* run make gpu-check again"):
+        choose.compare(document)
+    with pytest.raises(ValueError, match=name):
+        choose.choices(document, CITED)
 
 
 @pytest.mark.parametrize("name", ["ours:cuda", "ours:triton"])
@@ -106,7 +149,8 @@ def test_what_was_not_timed_at_all_decides_nothing(document):
     document["entries"][0]["modes"] = {}
     assert "because ours is wrong" in (only(document, "expert_choice").why_triton() or "")
     del document["entries"][3]["modes"]["forward"]
-    assert only(document, "combine").why_triton() == "the forward was not timed"
+    reason = only(document, "combine").why_triton()
+    assert reason == "gpu_combine/T8192: the forward was not timed"
 
 
 def test_only_nvidia_gpus_have_both_backends(document):
@@ -185,6 +229,11 @@ def test_results_that_cannot_be_cited_or_compared_are_refused(place, document, t
     place.write_text(output.text(document))
     assert choose.main([str(place), "--update"]) == 2
     assert "has no op with ours:cuda and ours:triton" in capsys.readouterr().err
+    document["tests"]["tests/test_gpu.py"]["failed"] = True
+    place.write_text(output.text(document))
+    assert choose.main([str(place), "--update"]) == 2
+    assert "failed in tests/test_gpu.py" in capsys.readouterr().err
+    assert read() == {}
     assert choose.main([str(place.with_name("none.json"))]) == 2
     assert "none.json" in capsys.readouterr().err
 
@@ -205,13 +254,18 @@ def test_every_shipped_entry_follows_from_the_file_that_it_cites():
     assert unrepeatable(MEASURED) == []
 
 
-def test_an_entry_that_does_not_follow_is_found(place):
+def test_an_entry_that_does_not_follow_is_found(place, document):
     assert choose.main([str(place), "--update"]) == 0
     assert unrepeatable(read()) == []
     edited = measured.TABLE.read_text().replace('"ratio": 1.75', '"ratio": 2.75')
     measured.TABLE.write_text(edited)
     (found,) = unrepeatable(read())
     assert "2.75x" in found
+    failed = copy.deepcopy(document)
+    failed["tests"]["tests/test_gpu.py"]["failed"] = True
+    place.write_text(output.text(failed))
+    with pytest.raises(ValueError, match=r"failed in tests/test_gpu\.py"):
+        unrepeatable(read())
     place.unlink()
     assert len(unrepeatable(read())) == 2
 

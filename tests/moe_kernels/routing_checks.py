@@ -15,7 +15,7 @@ from moe_kernels.backends.reference.affinity import ranking_key
 from moe_kernels.backends.reference.token_choice import keep_best_groups
 from moe_kernels.testing import LOGIT_KINDS, assert_as_accurate, make_logits
 
-from .routing_cases import RESULTS, ROUTES
+from .routing_cases import PER_TOKEN, RESULTS, ROUTES
 
 INF, NAN = float("inf"), float("nan")
 AFFINITIES = ("softmax", "sigmoid", "identity")
@@ -159,3 +159,22 @@ def check_results(route: str, logits: Tensor, name: str, options: dict[str, Any]
             assert float(actual.detach().abs().max()) < 2e-6 / logits.shape[0]
         else:
             assert_as_accurate(actual, plain, exact)
+
+
+def check_compiles(route: str, dynamic: bool) -> None:
+    """Compare routing, losses and their gradient inside one compiled graph with eager calls."""
+
+    def loss(logits: Tensor) -> tuple[Tensor, Tensor]:
+        plan = ROUTES[route](logits, **PER_TOKEN)
+        losses = mk.load_balance_loss(plan) + mk.router_z_loss(plan)
+        return plan.token_indices, plan.routing_weights.square().sum() + losses
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (40, 60) if dynamic else (40,):
+        found = []
+        for function in (compiled, loss):
+            logits = make_logits(tokens, 6).requires_grad_()
+            indices, value = function(logits)
+            found.append((indices, value, *torch.autograd.grad(value, logits)))
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected)

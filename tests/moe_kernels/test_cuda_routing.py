@@ -33,6 +33,7 @@ from .routing_checks import (
     NAN,
     POOLS,
     broken_logits,
+    check_compiles,
     check_expert_choice,
     check_results,
     check_token_choice,
@@ -121,6 +122,7 @@ def test_keys_that_differ_in_their_last_bits_alone(order, team):
     simulate(order=ORDERS[order], seed=5)
     for size, capacity in ((200, 70), (1100, 200)):
         check_expert_choice(close_logits(size), capacity, 1, "identity")
+        check_expert_choice(-close_logits(size), capacity, 1, "identity")
 
 
 @pytest.mark.parametrize("outlier", [3e38, -3e38])
@@ -152,7 +154,7 @@ def test_token_choice_takes_the_best(kind, affinity):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "groups"), [(1, 1), (3, 3), (130, 1), (390, 3), (1000, 200), (3000, 2)]
+    ("tokens", "groups"), [(1, 1), (3, 3), (130, 1), (390, 3), (1000, 200), (3000, 2), (8500, 1)]
 )
 @pytest.mark.parametrize("experts", [3, 40, 200])
 def test_token_choice_over_several_blocks_and_groups(tokens, groups, experts):
@@ -226,6 +228,14 @@ def test_weights_losses_and_gradients_equal_the_reference(route, options, expert
     check_results(route, make_logits(270, experts), WITH_SIMILARITY, options)
 
 
+@pytest.mark.parametrize("processors", [1, 16])
+@pytest.mark.parametrize("route", ROUTES)
+def test_results_on_any_number_of_processors(route, processors, team):
+    # On 16 each group has a team of its own, and sums of several teams are added up.
+    simulate(processors=processors, blocks_per_processor=2)
+    check_results(route, make_logits(270, 6), WITH_SIMILARITY, {})
+
+
 @pytest.mark.parametrize("experts", [1, 2, 20, 70, 130, 200])
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
 def test_all_results_together_at_other_numbers_of_experts(router, experts):
@@ -271,6 +281,18 @@ def test_logits_need_not_be_contiguous_or_aligned():
         for found in (plan, other):
             assert torch.equal(found.token_indices, same.token_indices)
             assert torch.equal(bits(found.routing_weights), bits(same.routing_weights))
+
+
+@pytest.mark.parametrize("experts", [6, 8, 40])
+@pytest.mark.parametrize("route", ["token_choice", "expert_choice"])
+def test_nothing_beside_the_logits_is_read(route, experts, team):
+    wide = torch.full((272, experts), NAN)
+    logits = wide[1:-1].copy_(make_logits(270, experts))
+    assert logits.is_contiguous()
+    plan, same = ROUTES[route](logits, check_finite=True), ROUTES[route](logits.clone())
+    assert torch.equal(plan.token_indices, same.token_indices)
+    for name in ("weights", "probs", "balance", "z"):
+        assert torch.equal(bits(RESULTS[name](plan)), bits(RESULTS[name](same))), name
 
 
 def test_more_experts_than_the_kernels_take_go_to_the_reference():
@@ -431,17 +453,4 @@ def test_opcheck():
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("route", ["token_choice", "expert_choice"])
 def test_compiles_to_one_graph(route, dynamic):
-    def loss(logits: Tensor) -> tuple[Tensor, Tensor]:
-        plan = ROUTES[route](logits, **PER_TOKEN)
-        losses = mk.load_balance_loss(plan) + mk.router_z_loss(plan)
-        return plan.token_indices, plan.routing_weights.square().sum() + losses
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for tokens in (40, 60) if dynamic else (40,):
-        found = []
-        for function in (compiled, loss):
-            logits = make_logits(tokens, 6).requires_grad_()
-            indices, value = function(logits)
-            found.append((indices, value, *torch.autograd.grad(value, logits)))
-        for actual, expected in zip(*found, strict=True):
-            torch.testing.assert_close(actual, expected)
+    check_compiles(route, dynamic)

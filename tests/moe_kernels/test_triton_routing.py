@@ -29,6 +29,7 @@ from .routing_checks import (
     NAN,
     POOLS,
     broken_logits,
+    check_compiles,
     check_expert_choice,
     check_results,
     check_token_choice,
@@ -257,17 +258,4 @@ def test_opcheck():
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("route", ["token_choice", "expert_choice"])
 def test_compiles_to_one_graph(route, dynamic):
-    def loss(logits: Tensor) -> tuple[Tensor, Tensor]:
-        plan = ROUTES[route](logits, **PER_TOKEN)
-        losses = mk.load_balance_loss(plan) + mk.router_z_loss(plan)
-        return plan.token_indices, plan.routing_weights.square().sum() + losses
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for tokens in (40, 60) if dynamic else (40,):
-        found = []
-        for function in (compiled, loss):
-            logits = make_logits(tokens, 6).requires_grad_()
-            indices, value = function(logits)
-            found.append((indices, value, *torch.autograd.grad(value, logits)))
-        for actual, expected in zip(*found, strict=True):
-            torch.testing.assert_close(actual, expected)
+    check_compiles(route, dynamic)

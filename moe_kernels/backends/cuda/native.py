@@ -86,7 +86,8 @@ class _Counters:
 
     The launches of a stream run one after another and share one. A launch that is captured into a
     CUDA graph may be replayed beside others, and gets one for itself, for good. They are the
-    module's own memory: that of PyTorch may belong to a graph.
+    module's own memory: that of PyTorch may belong to a graph. A stream is known by its handle;
+    CUDA's per-thread default stream, one handle for many streams, is not supported.
     """
 
     def __init__(self) -> None:
@@ -96,7 +97,7 @@ class _Counters:
 
     def take(self, place: tuple[int, int]) -> int:
         """Return the counter of a launch on this GPU and stream."""
-        if not SIMULATED and torch.cuda.is_current_stream_capturing():
+        if native.is_capturing(place[1]):
             return self._next(place[0])
         if place not in self._of_stream:
             self._of_stream[place] = self._next(place[0])
