@@ -38,11 +38,12 @@ struct DeviceBlock {
   }
   __device__ int64_t team() const {
     if constexpr (kTeam == Team::grid) return 0;
-    return MOE_CLUSTER_REGISTER("%%clusterid.x", blockIdx.x);
+    // Without asking where no cluster was asked for.
+    return team_blocks() == 1 ? blockIdx.x : MOE_CLUSTER_REGISTER("%%clusterid.x", blockIdx.x);
   }
   __device__ int64_t teams() const {
     if constexpr (kTeam == Team::grid) return 1;
-    return MOE_CLUSTER_REGISTER("%%nclusterid.x", gridDim.x);
+    return team_blocks() == 1 ? gridDim.x : MOE_CLUSTER_REGISTER("%%nclusterid.x", gridDim.x);
   }
 
   template <class T>

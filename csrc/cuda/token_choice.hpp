@@ -32,10 +32,6 @@ MOE_DEVICE uint64_t pack_choice(float key, uint32_t index) {
   return static_cast<uint64_t>(ordered_key(key)) << 32 | (0xffffffffu - index);
 }
 
-MOE_DEVICE int choice_index(uint64_t packed) {
-  return static_cast<int>(0xffffffffu - static_cast<uint32_t>(packed));
-}
-
 // Tokens of a chunk.
 MOE_DEVICE Range tokens_of(const TokenChoiceArgs& args, int64_t chunk) {
   const int64_t group = chunk / args.chunks_per_group;
@@ -52,7 +48,7 @@ MOE_DEVICE Range run_of(const Block& block, const TokenChoiceArgs& args) {
 
 // Gives experts outside the token's best groups the key -inf. A group's worth is the sum of its
 // two best keys (its one key when it holds one expert). `scratch` has E keys and as many worths a
-// token. All threads of the block come here together.
+// token, whose threads are all of one warp.
 template <int V, class Block>
 MOE_DEVICE void keep_best_groups(const Block& block, const TokenChoiceArgs& args, const Slot& slot,
                                  float (&keys)[V], float* scratch) {
@@ -63,7 +59,7 @@ MOE_DEVICE void keep_best_groups(const Block& block, const TokenChoiceArgs& args
   for (int v = 0; v < V; ++v) {
     if (slot.expert + v < experts) own_keys[slot.expert + v] = keys[v];
   }
-  block.sync();
+  block.sync_warp();
   for (int group = slot.lane; group < groups; group += args.shape.lanes) {
     float best = own_keys[group * size], second = kLowest;
     for (int i = 1; i < size; ++i) {
@@ -73,7 +69,7 @@ MOE_DEVICE void keep_best_groups(const Block& block, const TokenChoiceArgs& args
     }
     worths[group] = ranking_key(size > 1 ? best + second : best);
   }
-  block.sync();
+  block.sync_warp();
   MOE_UNROLL
   for (int v = 0; v < V; ++v) {
     if (slot.expert + v >= experts) continue;
@@ -86,7 +82,7 @@ MOE_DEVICE void keep_best_groups(const Block& block, const TokenChoiceArgs& args
     }
     if (better >= args.top_k_groups) keys[v] = kLowest;
   }
-  block.sync();
+  block.sync_warp();
 }
 
 // Choices, loss sums and counts of a chunk. `chosen` (E, words) has a bit for each of its tokens,

@@ -236,6 +236,11 @@ def test_results_on_any_number_of_processors(route, processors, team):
     check_results(route, make_logits(270, 6), WITH_SIMILARITY, {})
 
 
+def test_results_of_more_chunks_than_a_warp_has_lanes():
+    simulate(processors=64)
+    check_results("token_choice", make_logits(1200, 20), WITH_SIMILARITY, {})
+
+
 @pytest.mark.parametrize("experts", [1, 2, 20, 70, 130, 200])
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
 def test_all_results_together_at_other_numbers_of_experts(router, experts):

@@ -212,7 +212,10 @@ void Fibers::wake(std::vector<int>& fibers) {
       std::swap(fibers[left - 1], fibers[(random_ >> 33) % left]);
     }
   }
-  ready_.insert(ready_.end(), fibers.begin(), fibers.end());
+  // Those that were woken go first, so that a warp gets as far ahead of the others as it can; or
+  // last, so that all stay in step.
+  const bool is_greedy = order_ != Order::shuffled || (random_ >> 40) % 4 != 0;
+  ready_.insert(is_greedy ? ready_.begin() : ready_.end(), fibers.begin(), fibers.end());
   fibers.clear();
 }
 
