@@ -243,16 +243,18 @@ def test_results_of_more_chunks_than_a_warp_has_lanes():
 
 @pytest.mark.parametrize("experts", [1, 2, 20, 70, 130, 200])
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
-def test_all_results_together_at_other_numbers_of_experts(router, experts):
+@pytest.mark.parametrize("affinity", ["softmax", "sigmoid"])
+def test_all_results_together_at_other_numbers_of_experts(affinity, router, experts):
+    options = {"affinity": affinity, **PER_TOKEN}
     logits = make_logits(24, experts)
 
     def run(name: str, dtype: torch.dtype) -> list[Tensor]:
         leaf = logits.to(dtype).requires_grad_()
         with mk.use_backend(name):
             if router == "token_choice":
-                plan = mk.token_choice(leaf, min(experts, 3), num_groups=2, **PER_TOKEN)
+                plan = mk.token_choice(leaf, min(experts, 3), num_groups=2, **options)
             else:
-                plan = mk.expert_choice(leaf, min(experts, 2), **PER_TOKEN)
+                plan = mk.expert_choice(leaf, min(experts, 2), **options)
             values = [result(plan) for result in RESULTS.values()]
             values = [value for value in values if value.requires_grad]
             gradient = torch.autograd.grad(values, leaf, [upstream_of(value) for value in values])
@@ -261,6 +263,24 @@ def test_all_results_together_at_other_numbers_of_experts(router, experts):
     found = [run(WITH_SIMILARITY, torch.float32), run("reference", torch.float32)]
     for actual, plain, exact in zip(*found, run("reference", torch.float64), strict=True):
         assert_as_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize(
+    ("router", "size"), [("token_choice", {"top_k": 2}), ("expert_choice", {"capacity": 20})]
+)
+def test_tokens_whose_affinities_all_underflow_have_gradient_zero(router, size):
+    logits = make_logits(20, 6)
+    logits[5:15] = -200.0
+    found = []
+    for name in (WITH_SIMILARITY, "reference"):
+        leaf = logits.clone().requires_grad_()
+        with mk.use_backend(name):
+            plan = getattr(mk, router)(leaf, affinity="sigmoid", **size, **PER_TOKEN)
+        loss = plan.routing_weights.cos().sum() + mk.load_balance_loss(plan)
+        found.append(torch.autograd.grad(loss, leaf)[0])
+        assert int((plan.routing_weights == 0).sum()) >= 10
+    assert not bool(found[0][5:15].any())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("route", ROUTES)
