@@ -39,7 +39,7 @@ def measure(entry: Entry, provider: str) -> dict[str, int]:
     Raises:
         OSError: where /proc cannot say it.
     """
-    _return_freed_memory()
+    return_freed_memory()
     stage = STAGES[entry.stage]
     # A tiny pass first: libraries, threads and code are loaded, workspaces of this size are not.
     tiny = stage.make_inputs(entry.tiny, entry.torch_dtype)
@@ -47,21 +47,21 @@ def measure(entry: Entry, provider: str) -> dict[str, int]:
     inputs = stage.make_inputs(entry.shape, entry.torch_dtype)
     run = stage.providers[provider].build(inputs)
     gc.collect()
-    _return_freed_memory()
+    return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = _status("VmRSS")
+    before = resident_bytes("VmRSS")
     outputs = run.call()[: differentiable(run, inputs)]
-    saved = _status("VmRSS") - before
+    saved = resident_bytes("VmRSS") - before
     upstream = upstream_of(run, inputs, outputs)
     gradients = torch.autograd.grad(outputs, run.flat_leaves, upstream)
     return {
-        "peak_bytes": _status("VmHWM") - before,
+        "peak_bytes": resident_bytes("VmHWM") - before,
         "saved_bytes": saved,
         "gradient_bytes": sum(gradient.nbytes for gradient in gradients),
     }
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give every freed tensor back to the system, so that no reused page hides an allocation."""
     try:
         libc = ctypes.CDLL(None)
@@ -71,7 +71,8 @@ def _return_freed_memory() -> None:
         return
 
 
-def _status(name: str) -> int:
+def resident_bytes(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
     text = Path("/proc/self/status").read_text()
     found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
     if found is None:

@@ -104,10 +104,13 @@ void fill_route(Args& args, int dtype, Address logits, Address weights, Address 
 }
 
 void fill_mlp(ExpertMlpArgs& args, int dtype, int activation, bool native_bf16,
-              const std::vector<Address>& in, const std::vector<int64_t>& sizes, int threads) {
+              const std::vector<bool>& transposed, const std::vector<Address>& in,
+              const std::vector<int64_t>& sizes, int threads) {
   args.dtype = static_cast<Dtype>(dtype);
   args.activation = static_cast<Activation>(activation);
   args.native_bf16 = native_bf16;
+  args.w_in_transposed = transposed[0];
+  args.w_out_transposed = transposed[1];
   args.x = at<>(in[0]);
   args.w_in = at<>(in[1]);
   args.w_out = at<>(in[2]);
@@ -291,50 +294,54 @@ PYBIND11_MODULE(_cpu, module) {
                                            dweights, num_rows, experts, intermediate, threads));
       });
 
-  // in: x, w_in, w_out, bias_in, bias_out, weights, token_indices, row_indices, row_offsets,
-  // expert_offsets, h; sizes: tokens, experts, rows, hidden, intermediate.
+  // transposed: whether w_in and w_out lie so; in: x, w_in, w_out, bias_in, bias_out, weights,
+  // token_indices, row_indices, row_offsets, expert_offsets, h; sizes: tokens, experts, rows,
+  // hidden, intermediate.
   module.def("expert_mlp_fwd",
-             [](int dtype, int kind, bool native_bf16, const std::vector<Address>& in,
-                const std::vector<int64_t>& sizes, Address out, int threads) {
+             [](int dtype, int kind, bool native_bf16, const std::vector<bool>& transposed,
+                const std::vector<Address>& in, const std::vector<int64_t>& sizes, Address out,
+                int threads) {
                ExpertMlpFwdArgs args;
-               fill_mlp(args, dtype, kind, native_bf16, in, sizes, threads);
+               fill_mlp(args, dtype, kind, native_bf16, transposed, in, sizes, threads);
                args.out = at<>(out);
                py::gil_scoped_release release;
                kernels->expert_mlp_fwd(args);
              });
   // gradients: dout, then dx, dw_in, dw_out, dbias_in, dbias_out, dweights (0 where not wanted).
-  module.def("expert_mlp_bwd", [](int dtype, int kind, bool native_bf16,
-                                  const std::vector<Address>& in, const std::vector<int64_t>& sizes,
-                                  const std::vector<Address>& gradients, int threads) {
-    ExpertMlpBwdArgs args;
-    fill_mlp(args, dtype, kind, native_bf16, in, sizes, threads);
-    args.dout = at<>(gradients[0]);
-    args.dx = at<>(gradients[1]);
-    args.dw_in = at<>(gradients[2]);
-    args.dw_out = at<>(gradients[3]);
-    args.dbias_in = at<>(gradients[4]);
-    args.dbias_out = at<>(gradients[5]);
-    args.dweights = at<>(gradients[6]);
-    py::gil_scoped_release release;
-    kernels->expert_mlp_bwd(args);
-  });
+  module.def("expert_mlp_bwd",
+             [](int dtype, int kind, bool native_bf16, const std::vector<bool>& transposed,
+                const std::vector<Address>& in, const std::vector<int64_t>& sizes,
+                const std::vector<Address>& gradients, int threads) {
+               ExpertMlpBwdArgs args;
+               fill_mlp(args, dtype, kind, native_bf16, transposed, in, sizes, threads);
+               args.dout = at<>(gradients[0]);
+               args.dx = at<>(gradients[1]);
+               args.dw_in = at<>(gradients[2]);
+               args.dw_out = at<>(gradients[3]);
+               args.dbias_in = at<>(gradients[4]);
+               args.dbias_out = at<>(gradients[5]);
+               args.dweights = at<>(gradients[6]);
+               py::gil_scoped_release release;
+               kernels->expert_mlp_bwd(args);
+             });
 
-  module.def(
-      "grouped_gemm_fwd", [](int dtype, bool native_bf16, Address rows, Address w,
-                             Address expert_offsets, Address out, int64_t experts, int64_t num_rows,
-                             int64_t in_features, int64_t out_features, int threads) {
-        py::gil_scoped_release release;
-        kernels->grouped_gemm_fwd({static_cast<Dtype>(dtype), native_bf16, at<>(rows), at<>(w),
-                                   at<int32_t>(expert_offsets), at<>(out), nullptr, nullptr,
-                                   nullptr, experts, num_rows, in_features, out_features, threads});
-      });
-  module.def("grouped_gemm_bwd", [](int dtype, bool native_bf16, Address rows, Address w,
-                                    Address expert_offsets, Address dout, Address drows, Address dw,
-                                    int64_t experts, int64_t num_rows, int64_t in_features,
-                                    int64_t out_features, int threads) {
+  module.def("grouped_gemm_fwd", [](int dtype, bool native_bf16, bool w_transposed, Address rows,
+                                    Address w, Address expert_offsets, Address out, int64_t experts,
+                                    int64_t num_rows, int64_t in_features, int64_t out_features,
+                                    int threads) {
     py::gil_scoped_release release;
-    kernels->grouped_gemm_bwd({static_cast<Dtype>(dtype), native_bf16, at<>(rows), at<>(w),
-                               at<int32_t>(expert_offsets), nullptr, at<>(dout), at<>(drows),
-                               at<>(dw), experts, num_rows, in_features, out_features, threads});
+    kernels->grouped_gemm_fwd({static_cast<Dtype>(dtype), native_bf16, w_transposed, at<>(rows),
+                               at<>(w), at<int32_t>(expert_offsets), at<>(out), nullptr, nullptr,
+                               nullptr, experts, num_rows, in_features, out_features, threads});
   });
+  module.def("grouped_gemm_bwd",
+             [](int dtype, bool native_bf16, bool w_transposed, Address rows, Address w,
+                Address expert_offsets, Address dout, Address drows, Address dw, int64_t experts,
+                int64_t num_rows, int64_t in_features, int64_t out_features, int threads) {
+               py::gil_scoped_release release;
+               kernels->grouped_gemm_bwd({static_cast<Dtype>(dtype), native_bf16, w_transposed,
+                                          at<>(rows), at<>(w), at<int32_t>(expert_offsets), nullptr,
+                                          at<>(dout), at<>(drows), at<>(dw), experts, num_rows,
+                                          in_features, out_features, threads});
+             });
 }

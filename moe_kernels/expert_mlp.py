@@ -1,5 +1,7 @@
 """Stage 3, experts: grouped GEMM, and the whole dispatch - MLP - combine pipeline as one call."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def grouped_gemm(
 
     Args:
         rows: (R, I) floating point, in expert order.
-        w: (E, O, I), ``nn.Linear`` orientation, same dtype as ``rows``.
+        w: (E, O, I), ``nn.Linear`` orientation, same dtype as ``rows``; also as a transposed view
+            of (E, I, O), read without a copy.
         expert_offsets: (E + 1,) int32 exclusive starts, from 0 to R.
         rows_per_expert: R / E when every expert has equally many rows and the caller knows it on
             the host (``plan.rows_per_expert``); the product is then one batched GEMM, which
@@ -67,12 +70,12 @@ def grouped_gemm(
 def expert_mlp(
     x: Tensor,
     plan: RoutingPlan,
-    w_in: Tensor,
-    w_out: Tensor,
+    w_in: Tensor | list[Tensor],
+    w_out: Tensor | list[Tensor],
     *,
     activation: str = "gelu_tanh",
-    bias_in: Tensor | None = None,
-    bias_out: Tensor | None = None,
+    bias_in: Tensor | list[Tensor] | None = None,
+    bias_out: Tensor | list[Tensor] | None = None,
     shared: Tensor | None = None,
     residual: Tensor | None = None,
     backend: str | None = None,
@@ -87,8 +90,13 @@ def expert_mlp(
     Args:
         x: (T, D) floating point.
         plan: a ``RoutingPlan`` for these T tokens.
-        w_in: (E, F, D); (E, 2F, D) for ``"swiglu"``, gate half first.
-        w_out: (E, D, F).
+        w_in: (E, F, D); (E, 2F, D) for ``"swiglu"``, gate half first; also as a transposed view of
+            (E, D, F) or (E, D, 2F), read without a copy.
+            Or a list of each expert's matrices, E of (F, D), or for ``"swiglu"`` also 2E: gate, up,
+            gate, up and so on. They are read in place where each lies behind the one before in
+            memory, and stacked at every call where not.
+        w_out: (E, D, F), also as a transposed view of (E, F, D), read without a copy; or with a
+            list in ``w_in`` a list of E (D, F), the biases alike.
         activation: ``"gelu_tanh"``, ``"gelu"`` or ``"swiglu"``.
         bias_in: (E, F) or (E, 2F), or ``None``.
         bias_out: (E, D), or ``None``.
@@ -108,6 +116,35 @@ def expert_mlp(
     """
     check_tokens(x, plan)
     check_choice("activation", activation, ACTIVATIONS)
+    if isinstance(w_in, list):
+        _check_parts(x, plan, w_in, w_out, activation, bias_in, bias_out)
+    else:
+        _check_stacked(x, plan, w_in, w_out, activation, bias_in, bias_out)
+    check_terms(x, plan, shared, residual)
+    run = resolve("expert_mlp", x.device, backend)
+    return run(
+        x,
+        plan,
+        w_in,
+        w_out,
+        activation=activation,
+        bias_in=bias_in,
+        bias_out=bias_out,
+        shared=shared,
+        residual=residual,
+    )
+
+
+def _check_stacked(
+    x: Tensor,
+    plan: RoutingPlan,
+    w_in: Tensor,
+    w_out: Any,
+    activation: str,
+    bias_in: Any,
+    bias_out: Any,
+) -> None:
+    """Check weights that hold all experts."""
     check_floating("w_in", w_in, 3, "(num_experts, intermediate_size, hidden_size)")
     check_floating("w_out", w_out, 3, "(num_experts, hidden_size, intermediate_size)")
     num_experts, hidden_size = plan.num_experts, x.shape[1]
@@ -129,21 +166,61 @@ def expert_mlp(
         check_shape("bias_out", bias_out, (num_experts, hidden_size), "(num_experts, hidden_size)")
         operands["bias_out"] = bias_out
     for name, operand in operands.items():
-        check_same_device(name, operand, "x", x)
-        if operand.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        _check_operand(name, operand, x)
+
+
+def _check_parts(
+    x: Tensor,
+    plan: RoutingPlan,
+    w_in: list[Tensor],
+    w_out: Any,
+    activation: str,
+    bias_in: Any,
+    bias_out: Any,
+) -> None:
+    """Check weights that are lists of each expert's."""
+    num_experts, hidden_size = plan.num_experts, x.shape[1]
+    lists = {"w_in": w_in, "w_out": w_out, "bias_in": bias_in, "bias_out": bias_out}
+    for name, parts in lists.items():
+        if parts is None and name.startswith("bias"):
+            continue
+        if not isinstance(parts, list):
+            raise ValueError(f"w_in is a list and {name} is not; expected lists of all weights.")
+        many = (num_experts, 2 * num_experts) if name.endswith("in") else (num_experts,)
+        if len(parts) not in many or (len(parts) != num_experts and activation != "swiglu"):
             raise ValueError(
-                f"{name} is {operand.dtype} and x is {x.dtype}; expected one dtype (or autocast)."
+                f"{name} is a list of {len(parts)} tensors; expected {num_experts}, one an expert"
+                + (" (or gate and up of each)." if activation == "swiglu" else ".")
             )
-    check_terms(x, plan, shared, residual)
-    run = resolve("expert_mlp", x.device, backend)
-    return run(
-        x,
-        plan,
-        w_in,
-        w_out,
-        activation=activation,
-        bias_in=bias_in,
-        bias_out=bias_out,
-        shared=shared,
-        residual=residual,
-    )
+    per_expert = len(w_in) // num_experts
+    check_floating("w_out[0]", w_out[0], 2, "(hidden_size, intermediate_size)")
+    intermediate_size = w_out[0].shape[1]
+    rows_in = (2 if activation == "swiglu" else 1) * intermediate_size // per_expert
+    shapes = {
+        "w_in": (rows_in, hidden_size),
+        "w_out": (hidden_size, intermediate_size),
+        "bias_in": (rows_in,),
+        "bias_out": (hidden_size,),
+    }
+    if bias_in is not None and len(bias_in) != len(w_in):
+        raise ValueError(
+            f"bias_in has {len(bias_in)} tensors and w_in {len(w_in)}; expected as many."
+        )
+    for name, parts in lists.items():
+        dtype = None if parts is None else parts[0].dtype
+        for i, part in enumerate(parts or ()):
+            if part.shape != shapes[name] or part.dtype != dtype:
+                check_shape(f"{name}[{i}]", part, shapes[name], "as w_out[0] and x say")
+                raise ValueError(
+                    f"{name}[{i}] is {part.dtype} and {name}[0] is {dtype}; expected one dtype."
+                )
+        if parts is not None:
+            _check_operand(name, parts[0], x)
+
+
+def _check_operand(name: str, operand: Tensor, x: Tensor) -> None:
+    check_same_device(name, operand, "x", x)
+    if operand.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"{name} is {operand.dtype} and x is {x.dtype}; expected one dtype (or autocast)."
+        )

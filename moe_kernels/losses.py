@@ -34,10 +34,12 @@ def load_balance_loss(
         A scalar tensor in the precision of the logits (not multiplied by any coefficient).
 
     Raises:
-        ValueError: ``tokens_per_expert`` of another length, or given with ``per_sequence``.
+        ValueError: ``tokens_per_expert`` of another length, or given with ``per_sequence``; a plan
+            without logits (``plan_from_choices``).
 
     Source: DiT-MoE (arXiv 2407.11633), balance loss, without its factor alpha.
     """
+    check_logits(plan)
     if tokens_per_expert is not None:
         expected = (plan.num_experts,)
         check_shape("tokens_per_expert", tokens_per_expert, expected, "(num_experts,)")
@@ -62,6 +64,7 @@ def router_z_loss(plan: RoutingPlan, *, backend: str | None = None) -> Tensor:
 
     Source: ST-MoE (arXiv 2202.08906), eq. 5.
     """
+    check_logits(plan)
     return resolve("router_z_loss", plan.router_logits.device, backend)(plan)
 
 
@@ -82,4 +85,14 @@ def router_similarity_loss(plan: RoutingPlan, *, backend: str | None = None) -> 
 
     Source: Expert Race (arXiv 2503.16057), section 5.
     """
+    check_logits(plan)
     return resolve("router_similarity_loss", plan.router_logits.device, backend)(plan)
+
+
+def check_logits(plan: RoutingPlan) -> None:
+    """Raise ``ValueError`` when a plan has no logits."""
+    if plan.affinity == "given":
+        raise ValueError(
+            "the plan was made from choices and has no router logits, of which losses and "
+            "statistics are made; compute them with the router that chose."
+        )

@@ -39,7 +39,8 @@ class RoutingPlan:
 
     Attributes:
         router: ``"expert_choice"`` or ``"token_choice"``.
-        affinity: ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
+        affinity: ``"softmax"``, ``"sigmoid"`` or ``"identity"``; ``"given"`` when a model's own
+            router chose (``plan_from_choices``), and the plan has no logits.
         num_tokens: T.
         num_experts: E.
         num_groups: G, the number of pools (expert choice) or sequences (token choice).

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.backends.reference.losses import routing_distribution
+from moe_kernels.losses import check_logits
 from moe_kernels.ops.route import ENTROPY, MEAN_PROB
 from moe_kernels.plan import FusedRouting, RoutingPlan
 
@@ -33,6 +34,7 @@ def routing_stats(plan: RoutingPlan) -> RoutingStats:
 
     The entropy is ``-1/T · Σ_t Σ_e p[t, e] log p[t, e]`` with p as in ``load_balance_loss``.
     """
+    check_logits(plan)
     if plan.fused is not None:
         return _fused_stats(plan, plan.fused)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = {"diffusers", "sklearn", "omegaconf", "matplotlib", "safetensors", "PIL", "tqdm"}
-EXTRAS |= {"tensorboard", "transformers", "triton", "megablocks"}
+EXTRAS |= {"tensorboard", "transformers", "triton", "megablocks", "kernels", "timm"}
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:

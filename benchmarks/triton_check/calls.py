@@ -29,6 +29,14 @@ def _empty(case: Case, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
 
 
+def _weight(case: Case, *shape: int) -> Tensor:
+    """An expert weight (E, rows, columns), with ``transposed`` as a view of (E, columns, rows)."""
+    if not case.options.get("transposed"):
+        return _empty(case, *shape)
+    experts, rows, columns = shape
+    return _empty(case, experts, columns, rows).transpose(1, 2)
+
+
 def _fp32(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="meta")
 
@@ -125,8 +133,8 @@ def _mlp_inputs(case: Case, s: Sizes) -> Arguments:
     return (
         _empty(case, s.T, s.D),
         _fp32(s.R),
-        _empty(case, s.E, width, s.D),
-        _empty(case, s.E, s.D, s.F),
+        _weight(case, s.E, width, s.D),
+        _weight(case, s.E, s.D, s.F),
         _empty(case, s.E, width) if has_bias else None,
         _empty(case, s.E, s.D) if has_bias else None,
     )
@@ -156,7 +164,7 @@ def _expert_mlp_bwd(case: Case, s: Sizes) -> Arguments:
 
 def _grouped_gemm(case: Case, s: Sizes) -> Arguments:
     groups = (_plan(s).expert_offsets, _rows_per_expert(s))
-    return _empty(case, s.R, s.D), _empty(case, s.E, s.F, s.D), *groups
+    return _empty(case, s.R, s.D), _weight(case, s.E, s.F, s.D), *groups
 
 
 def _grouped_gemm_bwd(case: Case, s: Sizes) -> Arguments:

@@ -131,6 +131,9 @@ def _products() -> Iterator[Case]:
             yield Case(op, sizes, options={**swiglu, "bias": True})
     for sizes in ("few", "some"):  # backward has one table for all activations
         yield Case("expert_mlp", sizes, options={**gelu, "bias": True})
+    # The two kernels that differ where weights lie transposed; the others change places.
+    yield Case("expert_mlp", "xl", options={**swiglu, "transposed": True})
+    yield Case("expert_mlp_bwd", "xl", options={**gelu, "transposed": True})
     for sizes in ("xl", "ec4096", "odd"):
         yield Case("grouped_gemm", sizes)
         yield Case("grouped_gemm_bwd", sizes)
@@ -171,6 +174,7 @@ def _huge() -> Iterator[Case]:
         for op in ("expert_mlp", "expert_mlp_bwd"):
             for activation in ("gelu_tanh", "swiglu"):
                 yield Case(op, sizes, options={"activation": activation, "bias": True})
+            yield Case(op, sizes, options={"activation": "swiglu", "transposed": True})
         yield Case("grouped_gemm", sizes)
         yield Case("grouped_gemm_bwd", sizes)
 

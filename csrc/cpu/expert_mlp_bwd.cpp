@@ -2,8 +2,8 @@
 //
 // Two kinds of pieces for every expert. Row pieces: da = dy · w_out, through the activation to dh
 // and the activation again, dx rows = dh · w_in. Then weight pieces: dw_out = dy^T · a and
-// dw_in = dh^T · x in blocks of output rows, and the bias gradients. Both kinds are handed out from
-// one list, in which an expert's weight pieces come after the row pieces of the experts that
+// dw_in = dh^T · x in blocks of rows in memory, and the bias gradients. Both kinds are handed out
+// from one list, in which an expert's weight pieces come after the row pieces of the experts that
 // follow it, so that hardly anybody waits; buffers of a few experts are alive at a time.
 #include "activation.hpp"
 #include "experts.hpp"
@@ -11,8 +11,6 @@
 namespace moe {
 namespace MOE_ISA {
 namespace {
-
-constexpr int64_t kWeightRows = 512;  // output rows of one weight piece
 
 template <class Types, Activation Act>
 struct Backward {
@@ -23,14 +21,15 @@ struct Backward {
   const ExpertMlpBwdArgs& args;
   const int64_t hidden = args.hidden, inner = args.intermediate;
   const int64_t columns = Act == Activation::swiglu ? 2 * inner : inner;
-  const int64_t piece = rows_per_piece(args.rows);
+  const Cut cut{args.rows, args.experts};
   const bool need_bias = args.dbias_in != nullptr || args.dbias_out != nullptr;
 
   // Scratch of one thread: d(activation) of a piece, converted weights or a wide weight block.
-  const int64_t da_bytes = aligned_bytes<A>(piece * inner);
+  const int64_t da_bytes = aligned_bytes<A>(cut.largest() * inner);
   const int64_t copy_bytes = Types::same_operand ? 0 : aligned_bytes<Operand>(columns * hidden);
-  const int64_t wide_bytes =
-      Types::same_wide ? 0 : aligned_bytes<A>(kWeightRows * max_of(hidden, inner));
+  const int64_t widest =
+      max_of(args.w_in_transposed ? columns : hidden, args.w_out_transposed ? hidden : inner);
+  const int64_t wide_bytes = Types::same_wide ? 0 : aligned_bytes<A>(kWeightRows * widest);
   // dx rows of a piece are stored wide; bias sums need a row of each width.
   const int64_t bias_bytes = aligned_bytes<A>(max_of(columns, hidden));
   const int64_t own_bytes = da_bytes + copy_bytes + wide_bytes + bias_bytes;
@@ -73,7 +72,8 @@ struct Backward {
     }
     const Operand* w_out = as_operand<Types>(
         static_cast<const S*>(args.w_out) + expert * hidden * inner, hidden * inner, copy);
-    gemm<Operand, A>(rows, inner, hidden, {dy, hidden}, {w_out, inner}, A(0), {da, inner});
+    gemm<Operand, A>(rows, inner, hidden, {dy, hidden},
+                     weight_matrix(w_out, hidden, inner, args.w_out_transposed), A(0), {da, inner});
     for (int64_t r = 0; r < rows; ++r) {
       A dweight = activate_row_bwd<A, Act, true>(
           static_cast<const S*>(args.h) + (begin + r) * columns,
@@ -87,32 +87,37 @@ struct Backward {
     if (args.dx != nullptr) {
       const Operand* w_in = as_operand<Types>(
           static_cast<const S*>(args.w_in) + expert * columns * hidden, columns * hidden, copy);
-      gemm<Operand, A>(rows, hidden, columns, {dh, columns}, {w_in, hidden}, A(0),
+      gemm<Operand, A>(rows, hidden, columns, {dh, columns},
+                       weight_matrix(w_in, columns, hidden, args.w_in_transposed), A(0),
                        {dx_rows + begin * hidden, hidden});
     }
   }
 
   // Number of weight pieces of an expert: blocks of dw_out, blocks of dw_in, biases.
-  int64_t blocks_out() const { return args.dw_out == nullptr ? 0 : ceil_div(hidden, kWeightRows); }
-  int64_t blocks_in() const { return args.dw_in == nullptr ? 0 : ceil_div(columns, kWeightRows); }
+  int64_t blocks_out() const {
+    if (args.dw_out == nullptr) return 0;
+    return ceil_div(args.w_out_transposed ? inner : hidden, kWeightRows);
+  }
+  int64_t blocks_in() const {
+    if (args.dw_in == nullptr) return 0;
+    return ceil_div(args.w_in_transposed ? hidden : columns, kWeightRows);
+  }
   int64_t weight_pieces() const { return blocks_out() + blocks_in() + need_bias; }
 
   void run_weights(int64_t expert, int64_t block, const Slot& slot, char* own) const {
     const int64_t rows = args.expert_offsets[expert + 1] - args.expert_offsets[expert];
     A* wide = reinterpret_cast<A*>(own + da_bytes + copy_bytes);
     if (block < blocks_out()) {
-      const int64_t first = block * kWeightRows, count = min_of(kWeightRows, hidden - first);
-      S* out = static_cast<S*>(args.dw_out) + (expert * hidden + first) * inner;
-      gemm_to_storage<Types>(count, inner, rows, {slot.dy + first, hidden, true}, {slot.a, inner},
-                             out, wide);
+      S* dw = static_cast<S*>(args.dw_out) + expert * hidden * inner;
+      weight_piece<Types>(args.w_out_transposed, block, rows, {slot.dy, hidden}, {slot.a, inner},
+                          dw, wide);
       return;
     }
     block -= blocks_out();
     if (block < blocks_in()) {
-      const int64_t first = block * kWeightRows, count = min_of(kWeightRows, columns - first);
-      S* out = static_cast<S*>(args.dw_in) + (expert * columns + first) * hidden;
-      gemm_to_storage<Types>(count, hidden, rows, {slot.dh + first, columns, true},
-                             {slot.x, hidden}, out, wide);
+      S* dw = static_cast<S*>(args.dw_in) + expert * columns * hidden;
+      weight_piece<Types>(args.w_in_transposed, block, rows, {slot.dh, columns}, {slot.x, hidden},
+                          dw, wide);
       return;
     }
     A* sum = reinterpret_cast<A*>(own + da_bytes + copy_bytes + wide_bytes);
@@ -159,7 +164,6 @@ struct Backward {
       if (offsets[e + 1] == offsets[e]) clear_expert(e);
     }
     const int team = team_size(args.threads, args.rows, hidden, columns);
-    const SingleThread single(team == 1);
     // Row pieces run this many experts ahead of weight pieces; one more buffer, so that the next
     // expert can start while the weight pieces of the oldest end.
     const int64_t ahead = 1 + team / 4, slots = min_of(ahead + 2, args.experts);
@@ -180,7 +184,7 @@ struct Backward {
     const int64_t active = order_experts(offsets, args.experts, order);
     const int64_t blocks = weight_pieces();
     const auto pieces_of = [&](int64_t i) {
-      return ceil_div(offsets[order[i] + 1] - offsets[order[i]], piece);
+      return cut.count(offsets[order[i] + 1] - offsets[order[i]]);
     };
     const auto slot_at = [&](int64_t i) {
       return slot_of(buffers + i % slots * one_slot, offsets[order[i] + 1] - offsets[order[i]]);
@@ -189,6 +193,7 @@ struct Backward {
     Counter counter;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
+      const SingleThread single;
       char* own = owns + thread_number() * own_bytes;
       int64_t mine = counter.next(), first = 0;
       // Step i of the list: row pieces of expert i, then weight pieces of expert i - ahead.

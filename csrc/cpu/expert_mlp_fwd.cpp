@@ -19,7 +19,8 @@ struct Forward {
   const ExpertMlpFwdArgs& args;
   const int64_t hidden = args.hidden, inner = args.intermediate;
   const int64_t columns = Act == Activation::swiglu ? 2 * inner : inner;
-  const int64_t piece = rows_per_piece(args.rows);
+  const Cut cut{args.rows, args.experts};
+  const int64_t piece = cut.largest();
 
   // Scratch of one thread.
   const int64_t x_bytes = aligned_bytes<Operand>(piece * hidden);
@@ -47,7 +48,9 @@ struct Forward {
     gather_rows<Types>(static_cast<const S*>(args.x), args.token_indices, begin, end, hidden, x);
     const Operand* w_in = as_operand<Types>(
         static_cast<const S*>(args.w_in) + expert * columns * hidden, columns * hidden, copy);
-    gemm<Operand, A>(rows, columns, hidden, {x, hidden}, {w_in, hidden, true}, A(0), {h, columns});
+    gemm<Operand, A>(rows, columns, hidden, {x, hidden},
+                     transpose_of(weight_matrix(w_in, columns, hidden, args.w_in_transposed)), A(0),
+                     {h, columns});
     if constexpr (!Types::same_wide) convert_row<A>(stored, h, rows * columns);
     for (int64_t r = 0; r < rows; ++r) {
       activate_row<A, Act>(h + r * columns,
@@ -60,8 +63,9 @@ struct Forward {
     }
     const Operand* w_out = as_operand<Types>(
         static_cast<const S*>(args.w_out) + expert * hidden * inner, hidden * inner, copy);
-    gemm<Operand, A>(rows, hidden, inner, {a, inner}, {w_out, inner, true}, A(bias_out != nullptr),
-                     {y + begin * hidden, hidden});
+    gemm<Operand, A>(rows, hidden, inner, {a, inner},
+                     transpose_of(weight_matrix(w_out, hidden, inner, args.w_out_transposed)),
+                     A(bias_out != nullptr), {y + begin * hidden, hidden});
   }
 
   void run() const {
@@ -69,7 +73,6 @@ struct Forward {
     const int64_t y_bytes = aligned_bytes<A>(args.rows * hidden);
     const int64_t order_bytes = aligned_bytes<int32_t>(args.experts);
     const int team = team_size(args.threads, args.rows, hidden, columns);
-    const SingleThread single(team == 1);
     const Scratch scratch(y_bytes + order_bytes + team * own_bytes);
     A* y = scratch.as<A>();
     int32_t* order = reinterpret_cast<int32_t*>(scratch.as<char>() + y_bytes);
@@ -78,11 +81,12 @@ struct Forward {
     Counter pieces;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
+      const SingleThread single;
       char* own = owns + thread_number() * own_bytes;
       int64_t mine = pieces.next(), first = 0;
       for (int64_t i = 0; i < active; ++i) {
         const int64_t expert = order[i];
-        const int64_t rows = offsets[expert + 1] - offsets[expert], count = ceil_div(rows, piece);
+        const int64_t rows = offsets[expert + 1] - offsets[expert], count = cut.count(rows);
         const int64_t size = ceil_div(rows, count);
         for (; mine < first + count; mine = pieces.next()) {
           const int64_t begin = offsets[expert] + (mine - first) * size;

@@ -7,22 +7,19 @@
 namespace moe {
 namespace MOE_ISA {
 
-// Inside a parallel region a BLAS keeps to the calling thread by itself; this is for a team of one.
-// Small products shared among threads took 24 times as long when the other threads had to wake up.
+// Products of this thread run on it alone. By default a BLAS keeps to the calling thread inside a
+// parallel region, but not to the algorithm that it takes for one thread: bits of narrow products
+// depended on the team. And shared among threads, small products of a team of one took 24 times as
+// long when the other threads had to wake up.
 class SingleThread {
  public:
-  explicit SingleThread(bool wanted) : wanted_(wanted) {
-    if (wanted_) before_ = blas.set_threads(1);
-  }
-  ~SingleThread() {
-    if (wanted_) blas.set_threads(before_);
-  }
+  SingleThread() : before_(blas.set_threads(1)) {}
+  ~SingleThread() { blas.set_threads(before_); }
   SingleThread(const SingleThread&) = delete;
   SingleThread& operator=(const SingleThread&) = delete;
 
  private:
-  bool wanted_;
-  int before_ = 0;
+  int before_;
 };
 
 // A row-major operand: its rows in memory are `stride` apart.
@@ -32,6 +29,17 @@ struct Matrix {
   int64_t stride;
   bool transposed = false;
 };
+
+// A weight (rows, columns) as memory holds it: row by row, or transposed, column by column.
+template <class T>
+MOE_INLINE Matrix<const T> weight_matrix(const T* data, int64_t rows, int64_t columns,
+                                         bool transposed) {
+  return {data, transposed ? rows : columns, transposed};
+}
+template <class T>
+MOE_INLINE Matrix<T> transpose_of(Matrix<T> matrix) {
+  return {matrix.data, matrix.stride, !matrix.transposed};
+}
 
 // Row-major c (m, n) = op(a) (m, k) · op(b) (k, n) + beta c, on the calling thread.
 template <class Operand, class A>

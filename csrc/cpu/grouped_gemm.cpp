@@ -5,8 +5,6 @@ namespace moe {
 namespace MOE_ISA {
 namespace {
 
-constexpr int64_t kWeightRows = 512;  // output rows of one piece of dw
-
 template <class Types>
 struct GroupedGemm {
   using S = typename Types::S;
@@ -15,13 +13,15 @@ struct GroupedGemm {
 
   const GroupedGemmArgs& args;
   const int64_t in = args.in_features, out = args.out_features;
-  const int64_t piece = rows_per_piece(args.num_rows);
+  const Cut cut{args.num_rows, args.experts};
+  const int64_t piece = cut.largest();
   // Scratch of one thread: operands in the form that products read, and a wide result.
   const int64_t rows_bytes =
       Types::same_operand ? 0 : aligned_bytes<Operand>(piece * max_of(in, out));
   const int64_t weight_bytes = Types::same_operand ? 0 : aligned_bytes<Operand>(in * out);
-  const int64_t wide_bytes =
-      Types::same_wide ? 0 : aligned_bytes<A>(max_of(piece * max_of(in, out), kWeightRows* in));
+  const int64_t dw_rows = args.w_transposed ? in : out, dw_columns = args.w_transposed ? out : in;
+  const int64_t wide_size = max_of(piece * max_of(in, out), kWeightRows* dw_columns);
+  const int64_t wide_bytes = Types::same_wide ? 0 : aligned_bytes<A>(wide_size);
   const int64_t own_bytes = rows_bytes + weight_bytes + wide_bytes;
   const int team = team_size(args.threads, args.num_rows, in, out);
 
@@ -40,18 +40,20 @@ struct GroupedGemm {
     const int64_t rows = end - begin, from = backward ? out : in, to = backward ? in : out;
     const S* source = rows_of(backward ? args.dout : args.rows, begin, from);
     const Operand* operand = as_operand<Types>(source, rows * from, copy);
-    const Operand* w = as_operand<Types>(weight_of(expert), in * out, weight_copy);
+    const Matrix<const Operand> w = weight_matrix(
+        as_operand<Types>(weight_of(expert), in * out, weight_copy), out, in, args.w_transposed);
     S* result = static_cast<S*>(backward ? args.drows : args.out) + begin * to;
-    gemm_to_storage<Types>(rows, to, from, {operand, from}, {w, in, !backward}, result, wide);
+    gemm_to_storage<Types>(rows, to, from, {operand, from}, backward ? w : transpose_of(w), result,
+                           wide);
   }
 
-  // Rows [first, first + count) of dw[expert] = dout^T · rows.
-  void run_weights(int64_t expert, int64_t first, int64_t count, const Operand* rows,
-                   const Operand* dout, char* own) const {
+  // A piece of dw[expert] = dout^T · rows.
+  void run_weights(int64_t expert, int64_t number, const Operand* rows, const Operand* dout,
+                   char* own) const {
     A* wide = reinterpret_cast<A*>(own + rows_bytes + weight_bytes);
     const int64_t depth = args.expert_offsets[expert + 1] - args.expert_offsets[expert];
-    S* result = static_cast<S*>(args.dw) + (expert * out + first) * in;
-    gemm_to_storage<Types>(count, in, depth, {dout + first, out, true}, {rows, in}, result, wide);
+    weight_piece<Types>(args.w_transposed, number, depth, {dout, out}, {rows, in},
+                        static_cast<S*>(args.dw) + expert * out * in, wide);
   }
 
   // Calls body(expert, piece number, pieces) for every piece, shared among the threads.
@@ -60,6 +62,7 @@ struct GroupedGemm {
     Counter counter;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
+      const SingleThread single;
       char* own = owns + thread_number() * own_bytes;
       int64_t mine = counter.next(), first = 0;
       for (int64_t i = 0; i < active; ++i) {
@@ -71,7 +74,6 @@ struct GroupedGemm {
   }
 
   void run(bool backward) const {
-    const SingleThread single(team == 1);
     const int32_t* offsets = args.expert_offsets;
     const int64_t order_bytes = aligned_bytes<int32_t>(args.experts);
     const bool copies = backward && args.dw != nullptr && !Types::same_operand;
@@ -84,7 +86,7 @@ struct GroupedGemm {
     const int64_t active = order_experts(offsets, args.experts, order);
 
     if (!backward || args.drows != nullptr) {
-      const auto pieces = [&](int64_t e) { return ceil_div(offsets[e + 1] - offsets[e], piece); };
+      const auto pieces = [&](int64_t e) { return cut.count(offsets[e + 1] - offsets[e]); };
       share(order, active, owns, pieces, [&](int64_t e, int64_t number, char* own) {
         const int64_t size = ceil_div(offsets[e + 1] - offsets[e], pieces(e));
         const int64_t begin = offsets[e] + number * size;
@@ -100,11 +102,9 @@ struct GroupedGemm {
                                             reinterpret_cast<Operand*>(memory));
     const Operand* dout = as_operand<Types>(rows_of(args.dout, 0, out), args.num_rows * out,
                                             reinterpret_cast<Operand*>(memory + in_bytes));
-    const auto blocks = [&](int64_t) { return ceil_div(out, kWeightRows); };
+    const auto blocks = [&](int64_t) { return ceil_div(dw_rows, kWeightRows); };
     share(order, active, owns, blocks, [&](int64_t e, int64_t number, char* own) {
-      const int64_t first = number * kWeightRows;
-      run_weights(e, first, min_of(kWeightRows, out - first), rows + offsets[e] * in,
-                  dout + offsets[e] * out, own);
+      run_weights(e, number, rows + offsets[e] * in, dout + offsets[e] * out, own);
     });
   }
 };

@@ -133,6 +133,8 @@ struct ExpertMlpArgs {
   Dtype dtype;  // of x, w_in, w_out, the biases, h, out
   Activation activation;
   bool native_bf16;               // multiply bf16 operands as they are
+  bool w_in_transposed;           // w_in and dw_in are (E, D, F or 2F)
+  bool w_out_transposed;          // w_out and dw_out are (E, F, D)
   const void* x;                  // (T, D)
   const void* w_in;               // (E, F or 2F, D)
   const void* w_out;              // (E, D, F)
@@ -166,6 +168,7 @@ struct ExpertMlpBwdArgs : ExpertMlpArgs {
 struct GroupedGemmArgs {
   Dtype dtype;
   bool native_bf16;
+  bool w_transposed;              // w and dw are (E, I, O)
   const void* rows;               // (R, I)
   const void* w;                  // (E, O, I)
   const int32_t* expert_offsets;  // (E + 1,)

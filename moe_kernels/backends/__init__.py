@@ -161,7 +161,7 @@ class _Default:
     name: str | None = None
 
 
-def _check_names(names: str | None, origin: str) -> str | None:
+def check_backend(names: str | None, origin: str = "backend") -> str | None:
     """The names of a request without blanks, ``None`` for the automatic choice."""
     if names in (None, "auto"):
         return None
@@ -174,7 +174,7 @@ def _check_names(names: str | None, origin: str) -> str | None:
     return ",".join(listed)
 
 
-_Default.name = _check_names(os.environ.get("MOE_KERNELS_BACKEND"), "MOE_KERNELS_BACKEND")
+_Default.name = check_backend(os.environ.get("MOE_KERNELS_BACKEND"), "MOE_KERNELS_BACKEND")
 
 
 class use_backend:
@@ -192,7 +192,7 @@ class use_backend:
 
     def __init__(self, name: str | None) -> None:
         self._previous = _Default.name
-        _Default.name = _check_names(name, "backend")
+        _Default.name = check_backend(name)
 
     def __enter__(self) -> None:
         return None
@@ -238,7 +238,7 @@ def serving(op: str, device: torch.device, backend: str | None = None) -> str:
 @torch.compiler.assume_constant_result
 def _choose(op: str, device_type: str, index: int | None, requested: str | None) -> str:
     assert op in OPS, op
-    requested = _check_names(requested, "backend")
+    requested = check_backend(requested)
     if requested is not None:
         return _first_of(requested.split(","), op, device_type)
     for backend in _in_order(op, measured.architecture(device_type, index)):

@@ -11,6 +11,7 @@ from moe_kernels.autocast import autocast_operands
 from moe_kernels.backends import reference
 from moe_kernels.ops import activation as activation_ops
 from moe_kernels.ops import experts as expert_ops
+from moe_kernels.ops import parts as part_ops
 from moe_kernels.ops import route as route_ops
 from moe_kernels.ops import rows as row_ops
 from moe_kernels.plan import FusedRouting, RoutingPlan
@@ -185,17 +186,17 @@ class Stages:
         self,
         x: Tensor,
         plan: RoutingPlan,
-        w_in: Tensor,
-        w_out: Tensor,
+        w_in: Tensor | list[Tensor],
+        w_out: Tensor | list[Tensor],
         *,
         activation: str,
-        bias_in: Tensor | None,
-        bias_out: Tensor | None,
+        bias_in: Tensor | list[Tensor] | None,
+        bias_out: Tensor | list[Tensor] | None,
         shared: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
         """See ``moe_kernels.expert_mlp``."""
-        tokens, w_in, w_out = autocast_operands(x, w_in, w_out)
+        (tokens,) = autocast_operands(x)
         if not self._serves(tokens.dtype):
             return reference.expert_mlp(
                 x,
@@ -211,13 +212,17 @@ class Stages:
         dtype = tokens.dtype
         # Under autocast the terms keep their precision: they are added to the result instead.
         fused = (shared, residual) if dtype == x.dtype else (None, None)
-        out, _ = expert_ops.expert_mlp[self.backend](
+        weights: tuple[Any, ...] = (w_in, w_out, bias_in, bias_out)
+        if isinstance(w_in, list):
+            operator = part_ops.expert_mlp_parts
+            weights = tuple([] if parts is None else parts for parts in weights)
+        else:
+            operator = expert_ops.expert_mlp
+            weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
+        out, _ = operator[self.backend](
             tokens,
             plan.routing_weights.to(wide_dtype(dtype)),
-            w_in,
-            w_out,
-            None if bias_in is None else bias_in.to(dtype),
-            None if bias_out is None else bias_out.to(dtype),
+            *weights,
             *(None if term is None else term.to(dtype) for term in fused),
             plan.token_indices,
             plan.row_indices,

@@ -1,5 +1,6 @@
 """Expert MLP and grouped GEMM as ops.
 
+A weight may come in either layout of ``ops.layout``; its gradient has the same.
 ``rows_per_expert`` is that of equal groups (expert choice), 0 for ragged ones.
 """
 
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels.ops.layout import empty_like
 from moe_kernels.ops.operator import Operator
 
 Optional = Tensor | None
@@ -55,7 +57,7 @@ def empty_gradient(like: Tensor, tensor: Optional, wanted: bool) -> Tensor:
     """Uninitialised gradient of ``tensor``, or an empty tensor where none is wanted."""
     if tensor is None or not wanted:
         return like.new_empty(0)
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return empty_like(tensor)
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -19,6 +19,8 @@ from moe_kernels.backends import BACKENDS
 from moe_kernels.ops.operator import Operator
 from moe_kernels.testing import make_logits
 
+from .expert_parts import as_parts
+
 if (reason := BACKENDS["cpu"].why_not("expert_mlp", "cpu")) is not None:
     pytest.skip(f"the cpu backend {reason}", allow_module_level=True)
 
@@ -124,11 +126,14 @@ def expert_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for case in cases:
         args = mlp_args(*case)
         yield "expert_mlp", args
+        yield "expert_mlp_parts", as_parts(args, 2)
         plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
         out, h = torch.ops.moe_kernels.expert_mlp.cpu(*plain)
         for wanted in ([True] * 4 + [case[1]] * 2, [False, True, False, True, False, case[1]]):
             operands = (*plain[:6], *plain[8:])  # without shared and residual
-            yield "expert_mlp_bwd", (torch.randn_like(out), h, wanted, *operands)
+            bwd_args = (torch.randn_like(out), h, wanted, *operands)
+            yield "expert_mlp_bwd", bwd_args
+            yield "expert_mlp_parts_bwd", as_parts(bwd_args, 5)
     plan = make_plan()
     for dtype in (torch.float32, torch.bfloat16):
         rows = leaf(plan.num_rows, HIDDEN, dtype=dtype)

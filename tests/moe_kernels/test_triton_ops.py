@@ -16,6 +16,7 @@ from moe_kernels.backends import BACKENDS
 from moe_kernels.ops.operator import Operator
 
 from . import expert_cases as cases
+from .expert_parts import as_parts
 
 if (reason := BACKENDS["triton"].why_not("expert_mlp", "cpu")) is not None:
     pytest.skip(f"the triton backend {reason}", allow_module_level=True)
@@ -103,10 +104,13 @@ def mlp_samples(dtype: torch.dtype) -> Samples:
         settings = (*indices, plan.rows_per_expert or 0, activation)
         leaves = [None if t is None else t.clone().requires_grad_() for t in operands]
         yield "expert_mlp", (*leaves, *settings)
+        yield "expert_mlp_parts", as_parts((*leaves, *settings), 2)
         out, h = torch.ops.moe_kernels.expert_mlp.triton(*operands, *settings)
         dout = torch.randn_like(out)
         for wanted in ([True] * 4 + [bias] * 2, [True, False, True, False, bias, False]):
-            yield "expert_mlp_bwd", (dout, h, wanted, *operands[:6], *settings)
+            args = (dout, h, wanted, *operands[:6], *settings)
+            yield "expert_mlp_bwd", args
+            yield "expert_mlp_parts_bwd", as_parts(args, 5)
 
 
 SAMPLES: tuple[Callable[[torch.dtype], Samples], ...]

@@ -18,10 +18,18 @@ from moe_kernels.backends.cpu.products import PRODUCTS
 from moe_kernels.backends.cpu.rows import add_terms
 from moe_kernels.backends.reference.ragged_gemm import host_offsets
 from moe_kernels.ops import experts as ops
+from moe_kernels.ops import parts
+from moe_kernels.ops.layout import is_transposed, readable
 
 
-def _contiguous(tensors: tuple[Any, ...]) -> list[Any]:
-    return [t.contiguous() if isinstance(t, Tensor) else t for t in tensors]
+def _readable(tensors: tuple[Any, ...]) -> list[Any]:
+    return [readable(t) if isinstance(t, Tensor) else t for t in tensors]
+
+
+def _empty_gradient(tensor: Tensor) -> Tensor:
+    if is_transposed(tensor):
+        return empty(tensor.transpose(1, 2).shape, tensor.dtype).transpose(1, 2)
+    return empty(tensor.shape, tensor.dtype)
 
 
 def _sizes(x: Tensor, w_out: Tensor, token_indices: Tensor) -> list[int]:
@@ -39,7 +47,7 @@ def _check(x: Tensor, indices: tuple[Tensor, ...]) -> None:
 
 
 def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
-    inputs = tuple(_contiguous(inputs))
+    inputs = tuple(_readable(inputs))
     x, weights, w_in, w_out, bias_in, bias_out, shared, residual, *indices, _, activation = inputs
     _check(x, tuple(indices))
     if not PRODUCTS.serve(x.dtype):
@@ -52,6 +60,7 @@ def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
         bool(PRODUCTS.bf16),
+        [is_transposed(w_in), is_transposed(w_out)],
         [address(part) for part in parts],
         _sizes(x, w_out, indices[0]),
         out.data_ptr(),
@@ -63,8 +72,7 @@ def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _mlp_bwd_kernel(
     dout: Tensor, h: Tensor, wanted: list[bool], *inputs: Any
 ) -> tuple[Tensor, ...]:
-    dout, h = _contiguous((dout, h))
-    inputs = tuple(_contiguous(inputs))
+    dout, h, *inputs = _readable((dout, h, *inputs))  # type: ignore[assignment]
     x, weights, w_in, w_out, bias_in, bias_out, *indices, _, activation = inputs
     if not PRODUCTS.serve(x.dtype):
         return fallback.expert_mlp_bwd(
@@ -72,7 +80,7 @@ def _mlp_bwd_kernel(
         )
     differentiable = (x, weights, w_in, w_out, bias_in, bias_out)
     gradients = tuple(
-        x.new_empty(0) if tensor is None or not want else empty(tensor.shape, tensor.dtype)
+        x.new_empty(0) if tensor is None or not want else _empty_gradient(tensor)
         for tensor, want in zip(differentiable, wanted, strict=True)
     )
     addresses = [
@@ -85,6 +93,7 @@ def _mlp_bwd_kernel(
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
         bool(PRODUCTS.bf16),
+        [is_transposed(w_in), is_transposed(w_out)],
         [address(part) for part in parts],
         _sizes(x, w_out, indices[0]),
         [dout.data_ptr(), dx, *others, dweights],
@@ -94,7 +103,7 @@ def _mlp_bwd_kernel(
 
 
 def _gemm_kernel(rows: Tensor, w: Tensor, expert_offsets: Tensor, rows_per_expert: int) -> Tensor:
-    rows, w, expert_offsets = _contiguous((rows, w, expert_offsets))
+    rows, w, expert_offsets = _readable((rows, w, expert_offsets))
     host_offsets(expert_offsets, rows.shape[0])
     if not PRODUCTS.serve(rows.dtype):
         return fallback.grouped_gemm_fwd(rows, w, expert_offsets)
@@ -102,6 +111,7 @@ def _gemm_kernel(rows: Tensor, w: Tensor, expert_offsets: Tensor, rows_per_exper
     native.grouped_gemm_fwd(
         DTYPES[rows.dtype],
         bool(PRODUCTS.bf16),
+        is_transposed(w),
         rows.data_ptr(),
         w.data_ptr(),
         expert_offsets.data_ptr(),
@@ -123,14 +133,15 @@ def _gemm_bwd_kernel(
     expert_offsets: Tensor,
     rows_per_expert: int,
 ) -> tuple[Tensor, Tensor]:
-    dout, rows, w, expert_offsets = _contiguous((dout, rows, w, expert_offsets))
+    dout, rows, w, expert_offsets = _readable((dout, rows, w, expert_offsets))
     if not PRODUCTS.serve(rows.dtype):
         return fallback.grouped_gemm_bwd(dout, wanted, rows, w, expert_offsets)
     drows = empty(rows.shape, rows.dtype) if wanted[0] else rows.new_empty(0)
-    dw = empty(w.shape, w.dtype) if wanted[1] else rows.new_empty(0)
+    dw = _empty_gradient(w) if wanted[1] else rows.new_empty(0)
     native.grouped_gemm_bwd(
         DTYPES[rows.dtype],
         bool(PRODUCTS.bf16),
+        is_transposed(w),
         rows.data_ptr(),
         w.data_ptr(),
         expert_offsets.data_ptr(),
@@ -150,3 +161,4 @@ ops.expert_mlp.implement("cpu", _mlp_kernel, ("cpu",))
 ops.expert_mlp_bwd.implement("cpu", _mlp_bwd_kernel, ("cpu",))
 ops.grouped_gemm.implement("cpu", _gemm_kernel, ("cpu",))
 ops.grouped_gemm_bwd.implement("cpu", _gemm_bwd_kernel, ("cpu",))
+parts.implement("cpu", _mlp_kernel, _mlp_bwd_kernel, ("cpu",))

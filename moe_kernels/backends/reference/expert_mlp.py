@@ -1,5 +1,7 @@
 """Reference of ``moe_kernels.expert_mlp``: the stages one after the other."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,12 +39,12 @@ def add_bias(rows: Tensor, bias: Tensor | None, plan: RoutingPlan) -> Tensor:
 def expert_mlp(
     x: Tensor,
     plan: RoutingPlan,
-    w_in: Tensor,
-    w_out: Tensor,
+    w_in: Tensor | list[Tensor],
+    w_out: Tensor | list[Tensor],
     *,
     activation: str,
-    bias_in: Tensor | None,
-    bias_out: Tensor | None,
+    bias_in: Tensor | list[Tensor] | None,
+    bias_out: Tensor | list[Tensor] | None,
     shared: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
@@ -52,8 +54,12 @@ def expert_mlp(
     the products are cast to its dtype.
     """
     rows = dispatch(x, plan)  # (R, D)
-    rows, w_in, w_out = autocast_operands(rows, w_in, w_out)
-    h = grouped_gemm(rows, w_in, plan.expert_offsets, plan.rows_per_expert)  # (R, F or 2F)
-    a = activate(add_bias(h, bias_in, plan), activation).to(h.dtype)  # (R, F)
-    y = grouped_gemm(a, w_out, plan.expert_offsets, plan.rows_per_expert)  # (R, D)
-    return combine(add_bias(y, bias_out, plan), plan, shared, residual).to(x.dtype)  # (T, D)
+    stacked: list[Any] = [
+        torch.cat(w).unflatten(0, (plan.num_experts, -1)) if isinstance(w, list) else w
+        for w in (w_in, w_out, bias_in, bias_out)
+    ]
+    rows, up, down = autocast_operands(rows, *stacked[:2])
+    h = grouped_gemm(rows, up, plan.expert_offsets, plan.rows_per_expert)  # (R, F or 2F)
+    a = activate(add_bias(h, stacked[2], plan), activation).to(h.dtype)  # (R, F)
+    y = grouped_gemm(a, down, plan.expert_offsets, plan.rows_per_expert)  # (R, D)
+    return combine(add_bias(y, stacked[3], plan), plan, shared, residual).to(x.dtype)  # (T, D)

@@ -15,6 +15,7 @@ from moe_kernels.backends.triton.activation_math import (
 from moe_kernels.backends.triton.gemm_launch import GemmShape, launch_gemm
 from moe_kernels.backends.triton.gemm_tiles import halves, locate, product, row_tiles, swizzle
 from moe_kernels.backends.triton.launch import PARTS, block_size, launch
+from moe_kernels.ops.layout import stored
 
 
 @triton.jit
@@ -78,6 +79,7 @@ def _down_bwd_kernel(
     rows_per_expert,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_A: tl.constexpr,
     GATE_GRADIENT: tl.constexpr,
@@ -96,7 +98,8 @@ def _down_bwd_kernel(
     """With da'[r] = w[e]^T @ dout[token of r] and a = act(h + bias) recomputed:
 
     dh[r] = weights[r] * da'[r] * act'; a[r] scaled by weights[r], for dw; and the part of
-    d(weights)[r] = <da'[r], a[r]> that lies in this tile's columns.
+    d(weights)[r] = <da'[r], a[r]> that lies in this tile's columns. w is (E, HIDDEN, INNER), or
+    (E, INNER, HIDDEN) if W_TRANSPOSED.
     """
     COLUMNS: tl.constexpr = 2 * INNER if ACTIVATION == SWIGLU else INNER
     last_tiles, num_row_tiles = row_tiles(
@@ -116,7 +119,7 @@ def _down_bwd_kernel(
         token = tl.load(token_indices_ptr + start + row, mask=is_row, other=0)  # (BLOCK_M,)
         da, _ = product(
             dout_ptr, token.to(tl.int64), first, w_source, expert, n,
-            IN=HIDDEN, OUT=INNER, W_ROWS=INNER, UP=0, TRANSPOSED=False,
+            IN=HIDDEN, OUT=INNER, W_OUT=INNER, UP=0, TRANSPOSED=W_TRANSPOSED,
             A_DESCRIPTOR=False, W_DESCRIPTOR=W_DESCRIPTOR, PRECISION=PRECISION,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
@@ -205,8 +208,12 @@ def down_bwd(
     store_a: bool,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh (R, rows of w_in); weights * a (R, F) if asked for; d(weights) (R,) if asked for."""
+    """dh (R, rows of w_in); weights * a (R, F) if asked for; d(weights) (R,) if asked for.
+
+    w_out (E, D, F) may have either layout.
+    """
     rows, (experts, hidden, inner) = h.shape[0], w_out.shape
+    w_out, w_transposed = stored(w_out)
     dh = h.new_empty(h.shape)
     a = h.new_empty(rows, inner) if store_a else None
     shape = GemmShape("down_bwd", rows, experts, rows_per_expert, hidden, inner)
@@ -224,9 +231,10 @@ def down_bwd(
         arguments,
         dout,
         w_out,
-        transposed=False,
+        transposed=w_transposed,
         HIDDEN=hidden,
         INNER=inner,
+        W_TRANSPOSED=w_transposed,
         HAS_BIAS=bias_in is not None,
         STORE_A=store_a,
         GATE_GRADIENT=gate_gradient,

@@ -13,6 +13,7 @@ from moe_kernels.backends.triton.config_table import Config
 from moe_kernels.backends.triton.configs import choose, precision
 from moe_kernels.backends.triton.gemm_tiles import max_row_tiles
 from moe_kernels.backends.triton.launch import block_size, launch, target_of
+from moe_kernels.ops.layout import readable
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def launch_gemm(
         shape: its sizes.
         arguments: from the sources of w and a, each a tensor or a descriptor, to the arguments.
         a: the operand with a row for each token, or for each row if ``rows_in_order``.
-        w: (E, ·, ·); ``transposed`` when stored as in ``nn.Linear``.
+        w: (E, ·, ·) contiguous; ``transposed`` when its rows are the product's columns, as
+            those of ``nn.Linear`` are.
         constants: further constants of the kernel.
     """
     if shape.rows == 0:
@@ -119,9 +121,9 @@ def _describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], block)
 
 
-def contiguous(tensor: Tensor | None) -> Any:
-    """The tensor with contiguous memory, or ``None``."""
-    return None if tensor is None else tensor.contiguous()
+def readable_or_none(tensor: Tensor | None) -> Any:
+    """The tensor in a layout that the products read, copied where need be, or ``None``."""
+    return None if tensor is None else readable(tensor)
 
 
 def empty_or_none(tensor: Tensor | None, like: Tensor) -> Tensor:

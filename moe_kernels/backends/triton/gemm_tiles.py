@@ -86,7 +86,7 @@ def product(
     n,
     IN: tl.constexpr,
     OUT: tl.constexpr,
-    W_ROWS: tl.constexpr,
+    W_OUT: tl.constexpr,
     UP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr,
@@ -99,23 +99,24 @@ def product(
     """(BLOCK_M, BLOCK_N) fp32 of rows times an expert's matrix, from column n on.
 
     a_source (R or T, IN): pointer, read at rows a_row (BLOCK_M,), or descriptor, read from row
-    first_row on. w_source: (E, W_ROWS, IN) if TRANSPOSED (``nn.Linear``; the product's column is
-    the matrix's row), else (E, IN, OUT), as a pointer or as a descriptor of its 2-D view. UP > 0:
-    also the product with the matrix UP rows further down, for the second half of SwiGLU.
+    first_row on. w_source: (E, W_OUT, IN) if TRANSPOSED (the product's column is the matrix's
+    row, as of ``nn.Linear``'s), else (E, IN, W_OUT), as a pointer or as a descriptor of its 2-D
+    view. UP > 0: also the product with what lies UP further along W_OUT, for the second half of
+    SwiGLU.
 
-    A descriptor's tile may run past the expert's matrix along the columns, which are not stored;
-    along IN the launcher asks for whole tiles unless the tensor itself ends there.
+    A descriptor's tile may run past the expert's matrix along the product's columns, which are not
+    stored; along IN the launcher asks for whole tiles unless the tensor itself ends there.
     """
     k_range = tl.arange(0, BLOCK_K)
     n_range = n + tl.arange(0, BLOCK_N)
     if not A_DESCRIPTOR:
         a_tile = a_source + (a_row[:, None] * IN + k_range[None, :])  # (BLOCK_M, BLOCK_K)
     if not W_DESCRIPTOR:
-        matrix = w_source + expert.to(tl.int64) * (W_ROWS * IN if TRANSPOSED else IN * OUT)
+        matrix = w_source + expert.to(tl.int64) * (W_OUT * IN)
         if TRANSPOSED:  # (BLOCK_K, BLOCK_N)
             w_tile = matrix + (n_range[None, :] * IN + k_range[:, None])
         else:
-            w_tile = matrix + (k_range[:, None] * OUT + n_range[None, :])
+            w_tile = matrix + (k_range[:, None] * W_OUT + n_range[None, :])
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if UP > 0:
         total_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -127,7 +128,7 @@ def product(
         else:
             a = tl.load(a_tile, mask=(k_range < IN - k)[None, :], other=0.0)
         if W_DESCRIPTOR and TRANSPOSED:
-            w = w_source.load([expert * W_ROWS + n, k]).T  # (BLOCK_K, BLOCK_N)
+            w = w_source.load([expert * W_OUT + n, k]).T  # (BLOCK_K, BLOCK_N)
         elif W_DESCRIPTOR:
             w = w_source.load([expert * IN + k, n])
         elif IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
@@ -137,17 +138,19 @@ def product(
             w = tl.load(w_tile, mask=w_mask, other=0.0)
         total = tl.dot(a, w, total, input_precision=PRECISION)
         if UP > 0:
-            if W_DESCRIPTOR:
-                w = w_source.load([expert * W_ROWS + UP + n, k]).T
+            if W_DESCRIPTOR and TRANSPOSED:
+                w = w_source.load([expert * W_OUT + UP + n, k]).T
+            elif W_DESCRIPTOR:
+                w = w_source.load([expert * IN + k, UP + n])
             elif IN % BLOCK_K == 0 and OUT % BLOCK_N == 0:
-                w = tl.load(w_tile + UP * IN)
+                w = tl.load(w_tile + (UP * IN if TRANSPOSED else UP))
             else:
-                w = tl.load(w_tile + UP * IN, mask=w_mask, other=0.0)
+                w = tl.load(w_tile + (UP * IN if TRANSPOSED else UP), mask=w_mask, other=0.0)
             total_up = tl.dot(a, w, total_up, input_precision=PRECISION)
         if not A_DESCRIPTOR:
             a_tile += BLOCK_K
         if not W_DESCRIPTOR:
-            w_tile += BLOCK_K if TRANSPOSED else BLOCK_K * OUT
+            w_tile += BLOCK_K if TRANSPOSED else BLOCK_K * W_OUT
     if UP > 0:
         return total, total_up
     return total, total

@@ -52,7 +52,7 @@ def _rows_gemm_kernel(
         # Beyond the end the first row is read again: in bounds, and not stored.
         total, _ = product(
             a_source, start + tl.where(is_row, row, 0), first, w_source, expert, n,
-            IN=IN, OUT=OUT, W_ROWS=OUT, UP=0, TRANSPOSED=TRANSPOSED,
+            IN=IN, OUT=OUT, W_OUT=OUT, UP=0, TRANSPOSED=TRANSPOSED,
             A_DESCRIPTOR=A_DESCRIPTOR, W_DESCRIPTOR=W_DESCRIPTOR, PRECISION=PRECISION,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from moe_kernels.backends.triton.activation_math import ACTIVATIONS, SWIGLU, gel
 from moe_kernels.backends.triton.gemm_launch import GemmShape, launch_gemm
 from moe_kernels.backends.triton.gemm_tiles import halves, locate, product, row_tiles, swizzle
 from moe_kernels.backends.triton.launch import PARTS
+from moe_kernels.ops.layout import stored
 
 
 @triton.jit
@@ -98,6 +99,7 @@ def _up_fwd_kernel(
     rows_per_expert,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -111,7 +113,7 @@ def _up_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """h[r] = w[e] @ x[token of r]; a[r] = act(h[r] + bias[e])."""
+    """h[r] = w[e] @ x[token of r]; a[r] = act(h[r] + bias[e]); w (E, HIDDEN, ·) if W_TRANSPOSED."""
     COLUMNS: tl.constexpr = 2 * INNER if ACTIVATION == SWIGLU else INNER
     UP: tl.constexpr = INNER if ACTIVATION == SWIGLU else 0
     last_tiles, num_row_tiles = row_tiles(
@@ -131,7 +133,7 @@ def _up_fwd_kernel(
         token = tl.load(token_indices_ptr + start + row, mask=is_row, other=0)  # (BLOCK_M,)
         total, total_up = product(
             x_ptr, token.to(tl.int64), first, w_source, expert, n,
-            IN=HIDDEN, OUT=INNER, W_ROWS=COLUMNS, UP=UP, TRANSPOSED=True,
+            IN=HIDDEN, OUT=INNER, W_OUT=COLUMNS, UP=UP, TRANSPOSED=not W_TRANSPOSED,
             A_DESCRIPTOR=False, W_DESCRIPTOR=W_DESCRIPTOR, PRECISION=PRECISION,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
@@ -174,9 +176,10 @@ def up_fwd(
     inner: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """h (R, rows of w_in) before bias, and a = act(h + bias) (R, F)."""
+    """h (R, rows of w_in) before bias, and a = act(h + bias) (R, F); w_in in either layout."""
     rows, hidden = token_indices.shape[0], x.shape[1]
     h = x.new_empty(rows, w_in.shape[1])
+    w_in, w_transposed = stored(w_in)
     a = x.new_empty(rows, inner)
     product = "up_fwd_gated" if activation == "swiglu" else "up_fwd"
     shape = GemmShape(product, rows, w_in.shape[0], rows_per_expert, hidden, inner)
@@ -194,9 +197,10 @@ def up_fwd(
         arguments,
         x,
         w_in,
-        transposed=True,
+        transposed=not w_transposed,
         HIDDEN=hidden,
         INNER=inner,
+        W_TRANSPOSED=w_transposed,
         HAS_BIAS=bias_in is not None,
         PARTS=min(4, max(1, shape.config(x, w_in).block_n // part)),
         ACTIVATION=ACTIVATIONS[activation],

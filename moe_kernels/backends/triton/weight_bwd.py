@@ -126,6 +126,7 @@ def weight_bwd(
     *,
     token_indices: Tensor | None = None,
     gather: str = "none",
+    transposed: bool = False,
 ) -> Tensor:
     """dw (E, columns of p, columns of q) in the dtype of p.
 
@@ -134,7 +135,10 @@ def weight_bwd(
             is (T, ·) and read at ``token_indices`` (R,).
         expert_offsets: (E + 1,) int32.
         rows_per_expert: for equal groups, else 0.
+        transposed: whether dw is to lie in memory as (E, columns of q, columns of p).
     """
+    if transposed:
+        p, q, gather = q, p, {"p": "q", "q": "p"}.get(gather, gather)
     experts = expert_offsets.shape[0] - 1
     dw = p.new_empty(experts, p.shape[1], q.shape[1])
     rows = q.shape[0] if gather == "p" else p.shape[0]
@@ -165,7 +169,7 @@ def weight_bwd(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return dw
+    return dw.transpose(1, 2) if transposed else dw
 
 
 def bias_bwd(

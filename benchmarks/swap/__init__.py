@@ -1,0 +1,1 @@
+"""Blocks of published models before and after ``moe_kernels.apply``."""
