@@ -35,12 +35,12 @@ def _hidream() -> nn.Module:
     return MOEFeedForwardSwiGLU(WIDTH, 4 * WIDTH, num_routed_experts=4, num_activated_experts=2)
 
 
-def _nucleus() -> nn.Module:
+def _nucleus(experts: int) -> nn.Module:
     from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoELayer
 
     # The proportions of Nucleus-Image: expert width 1344 for hidden size 2048; factor 2 as in most
     # of its layers.
-    return _random_weights(NucleusMoELayer(WIDTH, 336, EXPERTS, 2.0, False, 2.5))
+    return _random_weights(NucleusMoELayer(WIDTH, 336, experts, 2.0, False, 2.5))
 
 
 def _nucleus_inputs(count: int) -> tuple[Tensor, ...]:
@@ -98,7 +98,8 @@ def _random_weights(module: nn.Module) -> nn.Module:
 
 BLOCKS = (
     Block("HiDream-I1", _hidream, _tokens),
-    Block("Nucleus-Image", _nucleus, _nucleus_inputs),
+    Block("Nucleus-Image, 8 experts", lambda: _nucleus(8), _nucleus_inputs),
+    Block("Nucleus-Image, 64 experts", lambda: _nucleus(64), _nucleus_inputs),
     Block("DiT-MoE", _dit_moe, _tokens),
     Block("EC-DiT (DiffMoE)", _ec_dit, _tokens),
     Block("micro-diffusion", _micro_diffusion, _tokens),

@@ -2,7 +2,8 @@
 // activation - product while the piece is in cache; then the sum over each token's rows.
 //
 // The routing weight is folded into the activation, so that expert outputs need not be kept for
-// its gradient. The product before bias and activation, h, is all that is written for backward.
+// its gradient. The product before bias and activation, h, is all that is written for backward, and
+// not even that where nothing will be differentiated: it then stays in each thread's scratch.
 #include "activation.hpp"
 #include "experts.hpp"
 
@@ -25,20 +26,18 @@ struct Forward {
   // Scratch of one thread.
   const int64_t x_bytes = aligned_bytes<Operand>(piece * hidden);
   const int64_t a_bytes = aligned_bytes<Operand>(piece * inner);
-  const int64_t h_bytes = Types::same_wide ? 0 : aligned_bytes<A>(piece * columns);
+  const bool keeps_h = args.h != nullptr;
+  const bool h_in_place = Types::same_wide && keeps_h;
+  const int64_t h_bytes = h_in_place ? 0 : aligned_bytes<A>(piece * columns);
   const int64_t weight_bytes = Types::same_operand ? 0 : aligned_bytes<Operand>(columns * hidden);
   const int64_t own_bytes = x_bytes + a_bytes + h_bytes + weight_bytes;
 
   void run_piece(int64_t expert, int64_t begin, int64_t end, char* own, A* y) const {
     Operand* x = reinterpret_cast<Operand*>(own);
     Operand* a = reinterpret_cast<Operand*>(own + x_bytes);
-    S* stored = static_cast<S*>(args.h) + begin * columns;
-    A* h;
-    if constexpr (Types::same_wide) {
-      h = stored;
-    } else {
-      h = reinterpret_cast<A*>(own + x_bytes + a_bytes);
-    }
+    S* stored = keeps_h ? static_cast<S*>(args.h) + begin * columns : nullptr;
+    A* h = reinterpret_cast<A*>(h_in_place ? reinterpret_cast<char*>(stored)
+                                           : own + x_bytes + a_bytes);
     Operand* copy = reinterpret_cast<Operand*>(own + x_bytes + a_bytes + h_bytes);
     const int64_t rows = end - begin;
     const S* bias_in = static_cast<const S*>(args.bias_in);
@@ -51,7 +50,9 @@ struct Forward {
     gemm<Operand, A>(rows, columns, hidden, {x, hidden},
                      transpose_of(weight_matrix(w_in, columns, hidden, args.w_in_transposed)), A(0),
                      {h, columns});
-    if constexpr (!Types::same_wide) convert_row<A>(stored, h, rows * columns);
+    if constexpr (!Types::same_wide) {
+      if (keeps_h) convert_row<A>(stored, h, rows * columns);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       activate_row<A, Act>(h + r * columns,
                            bias_in == nullptr ? bias_in : bias_in + expert * columns,

@@ -66,11 +66,19 @@ class Operator:
         self.variants: dict[str, Variant] = {}
 
     def implement(
-        self, backend: str, kernel: Callable[..., Any], device_types: tuple[str, ...]
+        self,
+        backend: str,
+        kernel: Callable[..., Any],
+        device_types: tuple[str, ...],
+        inference: Callable[..., Any] | None = None,
     ) -> "Variant":
-        """Give a backend's kernel; defines the overload ``<op>.<backend>`` and returns it."""
+        """Give a backend's kernel; defines the overload ``<op>.<backend>`` and returns it.
+
+        ``inference`` is called instead in plain eager code that will not be differentiated; what
+        only the backward reads it may leave out.
+        """
         assert backend not in self.variants, (self.name, backend)
-        self.variants[backend] = Variant(self, backend, kernel, device_types)
+        self.variants[backend] = Variant(self, backend, kernel, device_types, inference or kernel)
         return self.variants[backend]
 
     def __getitem__(self, backend: str) -> "Variant":
@@ -90,6 +98,7 @@ class Variant:
         backend: str,
         kernel: Callable[..., Any],
         device_types: tuple[str, ...],
+        inference: Callable[..., Any],
     ) -> None:
         name = f"{operator.name}.{backend}"
         library.define(f"{name}({operator.signature}")
@@ -98,7 +107,7 @@ class Variant:
             library.impl(name, kernel, device_type.upper())
         packet = getattr(torch.ops.moe_kernels, operator.name)
         self.overload = getattr(packet, backend)
-        self._kernel = kernel
+        self._inference = inference
         self._function = None
         if operator.backward is not None and operator.setup_context is not None:
             setup_context = _remember_backend(operator.setup_context, backend)
@@ -135,7 +144,7 @@ class Variant:
             if self._lists:
                 return self._function.apply(tuple(len(args[i]) for i in self._lists), *leaves)
             return self._function.apply(*args)
-        return self._kernel(*args)
+        return self._inference(*args)
 
 
 def _flatten(args: Sequence[Any], lists: tuple[int, ...]) -> list[Any]:

@@ -180,12 +180,15 @@ def implement(
     kernel: Callable[..., tuple[Tensor, Tensor]],
     bwd_kernel: Callable[..., tuple[Tensor, ...]],
     device_types: tuple[str, ...],
+    inference: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Serve both ops with the kernels of ``expert_mlp``, which take stacked weights."""
 
     def forward(x: Tensor, routing_weights: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-        stacked = _stack_all(x, inputs[:4])
-        return kernel(x, routing_weights, *stacked, *inputs[4:])
+        return kernel(x, routing_weights, *_stack_all(x, inputs[:4]), *inputs[4:])
+
+    def infer(x: Tensor, routing_weights: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return (inference or kernel)(x, routing_weights, *_stack_all(x, inputs[:4]), *inputs[4:])
 
     def backward(
         dout: Tensor, h: Tensor, wanted: list[bool], x: Tensor, weights: Tensor, *inputs: Any
@@ -193,7 +196,7 @@ def implement(
         stacked = _stack_all(x, inputs[:4])
         return bwd_kernel(dout, h, wanted, x, weights, *stacked, *inputs[4:])
 
-    expert_mlp_parts.implement(backend, forward, device_types)
+    expert_mlp_parts.implement(backend, forward, device_types, inference=infer)
     expert_mlp_parts_bwd.implement(backend, backward, device_types)
 
 

@@ -47,6 +47,15 @@ def _check(x: Tensor, indices: tuple[Tensor, ...]) -> None:
 
 
 def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _mlp(inputs, keep_h=True)
+
+
+def _mlp_inference(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Without h, the largest tensor of all, which only the backward reads."""
+    return _mlp(inputs, keep_h=False)
+
+
+def _mlp(inputs: tuple[Any, ...], keep_h: bool) -> tuple[Tensor, Tensor]:
     inputs = tuple(_readable(inputs))
     x, weights, w_in, w_out, bias_in, bias_out, shared, residual, *indices, _, activation = inputs
     _check(x, tuple(indices))
@@ -54,8 +63,8 @@ def _mlp_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
         out, h = fallback.expert_mlp_fwd(*inputs[:6], *indices, activation=activation)
         return add_terms(out, shared, residual), h
     out = empty(x.shape, x.dtype)
-    h = empty((indices[0].shape[0], w_in.shape[1]), x.dtype)
-    parts = [x, w_in, w_out, bias_in, bias_out, weights, *indices, h]
+    h = empty((indices[0].shape[0] if keep_h else 0, w_in.shape[1]), x.dtype)
+    parts = [x, w_in, w_out, bias_in, bias_out, weights, *indices, h if keep_h else None]
     native.expert_mlp_fwd(
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
@@ -157,8 +166,8 @@ def _gemm_bwd_kernel(
     return drows, dw
 
 
-ops.expert_mlp.implement("cpu", _mlp_kernel, ("cpu",))
+ops.expert_mlp.implement("cpu", _mlp_kernel, ("cpu",), inference=_mlp_inference)
 ops.expert_mlp_bwd.implement("cpu", _mlp_bwd_kernel, ("cpu",))
 ops.grouped_gemm.implement("cpu", _gemm_kernel, ("cpu",))
 ops.grouped_gemm_bwd.implement("cpu", _gemm_bwd_kernel, ("cpu",))
-parts.implement("cpu", _mlp_kernel, _mlp_bwd_kernel, ("cpu",))
+parts.implement("cpu", _mlp_kernel, _mlp_bwd_kernel, ("cpu",), inference=_mlp_inference)
