@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,6 +29,19 @@ def test_example_trains_an_ec_moe_layer():
     losses = [float(line.split()[3]) for line in result.stdout.splitlines()]
     assert len(losses) == 5
     assert losses[-1] < 0.25 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["swap_hidream", "swap_transformers"])
+def test_examples_of_the_swap_run_as_written(name):
+    example = ROOT / "examples" / f"{name}.py"
+    result = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "swapped" in result.stdout
+    differences = re.findall(r"largest difference (\S+) of (\S+)", result.stdout)
+    assert differences
+    assert all(float(d) < 1e-5 * float(largest) for d, largest in differences)
+    if name == "swap_hidream":
+        assert "after revert: the same bits as before" in result.stdout
 
 
 def test_links_of_the_documents_lead_somewhere():

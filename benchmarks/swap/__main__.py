@@ -47,7 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-HEAD = "| block | tokens | forward, ms | | forward + backward, ms | | peak memory | graph breaks |"
+HEAD = (
+    "| block | tokens | forward, ms | | forward + backward, ms | | kept for backward, peak memory "
+    "| graph breaks |"
+)
 
 
 def table(document: dict[str, Any]) -> str:
@@ -67,7 +70,11 @@ def row(found: dict[str, Any]) -> str:
             before, after = (1e3 * modes[mode][name] for name in ("original", "swapped"))
             cells += [f"{before:.2f} → {after:.2f}", f"**{modes[mode]['ratio']:.2f}x**"]
         last = number == len(found["tokens"]) - 1
-        cells.append(f"{found['memory']['ratio']:.2f}" if last and "memory" in found else "")
+        memory_ratios = found.get("memory")
+        told = ""
+        if last and memory_ratios:
+            told = f"{memory_ratios['saved_ratio']:.2f}, {memory_ratios['peak_ratio']:.2f}"
+        cells.append(told)
         breaks = found.get("graph_breaks")
         cells.append(f"{breaks['original']} → {breaks['swapped']}" if last and breaks else "")
         lines.append("| " + " | ".join(cells) + " |")
