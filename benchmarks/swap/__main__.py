@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for tokens in options.tokens:
                 found["tokens"][str(tokens)] = times(block, tokens, device, options.seconds)
-            if not options.no_memory and device.type == "cpu":
-                found["memory"] = memory(block, max(options.tokens))
+            if not options.no_memory:
+                found["memory"] = memory(block, max(options.tokens), device)
             if not options.no_compile:
                 found["graph_breaks"] = graph_breaks(block)
         except ImportError as error:

@@ -66,14 +66,17 @@ def graph_breaks(block: Block, tokens: int = 64) -> dict[str, int]:
     return found
 
 
-def memory(block: Block, tokens: int) -> dict[str, Any]:
-    """Extra bytes of one training step of either version, each in a process of its own.
+def memory(block: Block, tokens: int, device: torch.device) -> dict[str, Any]:
+    """Extra bytes of one training step of either version: on a CPU, each in a process of its own.
 
     ``saved``: kept between forward and backward, which a deep network holds for every block;
     ``peak``: at any time, the gradients of the weights included.
     """
     found: dict[str, Any] = {}
     for name in ("original", "swapped"):
+        if device.type == "cuda":
+            found[name] = _growth_on_gpu(block, name, tokens, device)
+            continue
         command = (sys.executable, "-m", "benchmarks.swap.measure", block.name, name, str(tokens))
         # Memory that the kernels keep from call to call would hide what the second step takes.
         alone = {**os.environ, "MOE_KERNELS_KEEP_MB": "0"}
@@ -118,6 +121,23 @@ def _tensor(output: Any) -> Tensor:
     found = output[0] if isinstance(output, tuple) else output
     assert isinstance(found, Tensor)
     return found
+
+
+def _growth_on_gpu(block: Block, version: str, tokens: int, device: torch.device) -> dict[str, int]:
+    """What PyTorch's allocator handed out in one training step."""
+    module = block.build().train().to(device)
+    if version == "swapped":
+        mk.apply(module)
+    inputs = [t.to(device).requires_grad_(t.is_floating_point()) for t in block.inputs(tokens)]
+    upstream = torch.randn(inputs[0].shape, device=device)
+    leaves = [leaf for leaf in (*inputs, *module.parameters()) if leaf.requires_grad]
+    step(module, inputs, upstream)  # libraries and kernels are loaded
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    output = _tensor(module(*inputs))
+    saved = torch.cuda.memory_allocated(device) - before
+    torch.autograd.grad(output, leaves, upstream, allow_unused=True)
+    return {"saved": saved, "peak": torch.cuda.max_memory_allocated(device) - before}
 
 
 def _growth(block: Block, version: str, tokens: int) -> dict[str, int]:

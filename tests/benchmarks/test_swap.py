@@ -37,7 +37,7 @@ def test_results_are_written_and_never_over_others(tmp_path, capsys):
 
 def test_memory_of_both_versions_is_measured():
     block = next(block for block in BLOCKS if block.name == "Nucleus-Image, 8 experts")
-    found = memory(block, 64)
+    found = memory(block, 64, torch.device("cpu"))
     for version in ("original", "swapped"):
         gradients = sum(p.nbytes for p in block.build().parameters())
         assert found[version]["peak"] > 0.9 * gradients
