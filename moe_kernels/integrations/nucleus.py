@@ -1,11 +1,14 @@
 """Nucleus-Image in diffusers: ``NucleusMoELayer``, expert choice inside each image."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_kernels.combine import combine
+from moe_kernels.dispatch import dispatch
 from moe_kernels.expert_mlp import expert_mlp
 from moe_kernels.integrations.adapter import (
     Adapter,
@@ -14,6 +17,7 @@ from moe_kernels.integrations.adapter import (
     random_tokens,
     why_bypassing_is_wrong,
 )
+from moe_kernels.plan import RoutingPlan
 from moe_kernels.router import expert_choice
 
 
@@ -69,11 +73,13 @@ class Nucleus(Adapter):
             capacity=capacity,
             num_groups=batch_size,
             affinity="sigmoid" if module.use_sigmoid else "softmax",
-            normalize="per_token",
-            scale=module.route_scale,
+            normalize="none" if module.use_sigmoid else "per_token",
+            scale=1.0 if module.use_sigmoid else module.route_scale,
             check_finite=False,
             backend=backend,
         )
+        if module.use_sigmoid:
+            plan = _normalized(plan, module.route_scale, backend)
         out = expert_mlp(
             hidden_states.reshape(-1, hidden_size),
             plan,
@@ -95,3 +101,15 @@ class Nucleus(Adapter):
         if timestep == 0:
             return tokens, unmodulated
         return tokens, unmodulated, random_tokens((2, timestep), w_in, generator)
+
+
+def _normalized(plan: RoutingPlan, scale: float, backend: str | None) -> RoutingPlan:
+    """The plan with the original's denominator, ``Σ a + 1e-12``.
+
+    Sigmoid affinities of a token can all be that small; softmax affinities would have to be less
+    than 1e-6 of a token's probability together to differ from the router's own normalisation.
+    """
+    ones = plan.routing_weights.new_ones(plan.num_rows, 1)
+    sums = combine(ones, plan, backend=backend)  # (T, 1)
+    weights = plan.routing_weights / (dispatch(sums, plan, backend=backend)[:, 0] + 1e-12)
+    return replace(plan, routing_weights=weights * scale)

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from moe_kernels.backends import check_backend
+from moe_kernels.backends import BackendUnavailable, check_backend, serving
 from moe_kernels.integrations import ADAPTERS
-from moe_kernels.integrations.adapter import Adapter
+from moe_kernels.integrations.adapter import Adapter, backend_of
+from moe_kernels.integrations.packing import unpack
 from moe_kernels.integrations.report import NothingMatched, SwapReport, SwapRow
 from moe_kernels.integrations.swapped import Swapped, repack_after_load, swapped_class
 from moe_kernels.integrations.verify import verify_block
@@ -52,16 +53,20 @@ def apply(
         VerificationFailed: when a block computes something else; all swaps of this call are taken
             back.
         TypeError: when given neither a module nor a pipeline.
-        ValueError: for an unknown backend.
+        ValueError: for an unknown backend, or a pattern of ``exclude`` that fits no module.
     """
     check_backend(backend)
+    _check_exclude(model_or_pipeline, exclude)
     report = SwapReport(backend)
     done: list[nn.Module] = []
+    before: list[tuple[nn.Module, str | None]] = []  # swapped earlier, and for which backend
     seen: dict[str, int] = {}
     for path, module in _modules(model_or_pipeline):
         _count_lookalike(module, seen)
         if not _is_wanted(path, include, exclude):
             continue
+        if isinstance(module, Swapped):
+            before.append((module, backend_of(module)))
         row = _swap(path, module, backend)
         if row is None:
             continue
@@ -70,9 +75,11 @@ def apply(
         if verify and row.status != "skipped":
             try:
                 row = verify_block(module, row)
-            except Exception:
+            except BaseException:  # also Ctrl-C leaves nothing half done
                 for swapped in done:
                     _revert(swapped)
+                for swapped, former in before:
+                    swapped.__dict__[_BACKEND] = former
                 raise
         report.rows.append(row)
     if strict and not report.swapped:
@@ -96,9 +103,10 @@ def revert(model_or_pipeline: Any) -> SwapReport:
         ValueError: when a swapped block has been wrapped since, e.g. by ``fully_shard``.
     """
     report = SwapReport("none")
-    for path, module in _modules(model_or_pipeline):
-        if not isinstance(module, Swapped):
-            continue
+    swapped = [(path, m) for path, m in _modules(model_or_pipeline) if isinstance(m, Swapped)]
+    for _, module in swapped:  # all or none
+        _check_revertible(module)
+    for path, module in swapped:
         family = module.adapter.family
         _revert(module)
         report.rows.append(SwapRow(path, type(module).__name__, family, "reverted"))
@@ -107,7 +115,8 @@ def revert(model_or_pipeline: Any) -> SwapReport:
 
 def _modules(model_or_pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(model_or_pipeline, nn.Module):
-        yield from list(model_or_pipeline.named_modules())
+        for path, module in list(model_or_pipeline.named_modules()):
+            yield _plain_path(path), module
         return
     components = getattr(model_or_pipeline, "components", None)
     if not isinstance(components, dict):
@@ -117,7 +126,20 @@ def _modules(model_or_pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
         )
     for name, component in components.items():
         if isinstance(component, nn.Module):
-            yield from list(component.named_modules(prefix=name))
+            for path, module in list(component.named_modules(prefix=name)):
+                yield _plain_path(path), module
+
+
+def _plain_path(path: str) -> str:
+    """The path as it is without torch.compile."""
+    return ".".join(name for name in path.split(".") if name != "_orig_mod")
+
+
+def _check_exclude(model_or_pipeline: Any, exclude: str | Sequence[str] | None) -> None:
+    """A pattern with a slip of the pen would swap what was to be left alone."""
+    for pattern in (exclude,) if isinstance(exclude, str) else exclude or ():
+        if not any(fnmatchcase(path, pattern) for path, _ in _modules(model_or_pipeline)):
+            raise ValueError(f"exclude is {pattern!r}, which fits no module of the model.")
 
 
 def _is_wanted(
@@ -170,17 +192,33 @@ def _swap(path: str, module: nn.Module, backend: str) -> SwapRow | None:
     detail = adapter.describe(module)
     if apart is not None:
         detail += f"; weights are stacked at every call, because {apart}"
+    detail += _why_unserved(module, backend)
     return SwapRow(path, name, adapter.family, status, detail)
 
 
-def _revert(module: Any) -> None:
+def _why_unserved(module: nn.Module, backend: str) -> str:
+    """What to add when the backend asked for cannot serve the block where its weights are now."""
+    device = next(module.parameters()).device
+    try:
+        serving("expert_mlp", device, None if backend == "auto" else backend)
+    except BackendUnavailable as error:
+        return f"; as long as it is on {device.type} its forward raises: {error}"
+    return ""
+
+
+def _check_revertible(module: Any) -> None:
     cls = type(module)
     if not issubclass(cls, Swapped) or cls is not swapped_class(cls.adapter, cls.original_class):
         raise ValueError(
             f"a swapped {cls.__name__} has been wrapped in another class since (fully_shard does "
             "that), so it cannot be reverted; revert before wrapping."
         )
-    module.__class__ = cls.original_class
+
+
+def _revert(module: Any) -> None:
+    _check_revertible(module)
+    module.__class__ = type(module).original_class
+    unpack(module.parameters())
     module._load_state_dict_post_hooks.pop(module.__dict__.pop(_HOOK), None)
     del module.__dict__[_BACKEND]
 

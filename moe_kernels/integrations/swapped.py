@@ -9,9 +9,10 @@ import functools
 import logging
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_kernels.integrations.adapter import Adapter
+from moe_kernels.integrations.packing import seen_alone
 
 logger = logging.getLogger("moe_kernels")
 
@@ -53,6 +54,14 @@ def _make_class(adapter: Adapter, original: type[nn.Module]) -> type[nn.Module]:
         adapter.pack(self)  # .to(), .half(), .cuda() have moved each weight for itself
         return result
 
+    def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original.state_dict(self, *args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name, value in state.items():
+            if name.startswith(prefix) and isinstance(value, Tensor):
+                state[name] = seen_alone(value)
+        return state
+
     def set_state(self: Any, state: dict[str, Any]) -> None:
         original.__setstate__(self, state)
         adapter.pack(self)  # so have deepcopy and unpickling
@@ -63,6 +72,7 @@ def _make_class(adapter: Adapter, original: type[nn.Module]) -> type[nn.Module]:
     members = {
         "forward": forward,
         "_apply": apply_to_tensors,
+        "state_dict": state_dict,
         "__setstate__": set_state,
         "__reduce_ex__": reduce,
         "__module__": original.__module__,

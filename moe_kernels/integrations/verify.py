@@ -33,8 +33,9 @@ def verify_block(block: nn.Module, row: SwapRow, seed: int = 0) -> SwapRow:
     adapter, original_class = block.adapter, block.original_class
     generator = torch.Generator().manual_seed(seed)
     inputs = adapter.example(block, generator)
-    if inputs[0].is_meta:
-        return replace(row, detail=f"{row.detail}; not verified: weights are on the meta device")
+    unreadable = _why_unreadable(block)
+    if unreadable is not None:
+        return replace(row, detail=f"{row.detail}; not verified: weights are {unreadable}")
     plain: Any = copy.deepcopy(block)
     plain.__class__ = original_class
     upstream = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64)
@@ -57,6 +58,16 @@ def verify_block(block: nn.Module, row: SwapRow, seed: int = 0) -> SwapRow:
             "report this, with the versions that `python -m moe_kernels.doctor` prints."
         )
     return row
+
+
+def _why_unreadable(block: nn.Module) -> str | None:
+    """Where the weights are, when this process cannot compute with them now."""
+    for parameter in block.parameters():
+        if parameter.is_meta:
+            return "on the meta device"
+        if type(parameter).__name__ == "DTensor":
+            return "sharded; verify before fully_shard"
+    return None
 
 
 def _cast(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

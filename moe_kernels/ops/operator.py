@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.flop_counter
 from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.library.Library("moe_kernels", "DEF")
 
@@ -24,9 +25,12 @@ _function_transforms: Callable[[], Any] = getattr(
 
 
 def _nobody_watches() -> bool:
-    """True when no compiler, dispatch mode or function transform needs to see the op."""
+    """True when no compiler, tracer, dispatch mode or function transform needs to see the op."""
     return not (
-        torch.compiler.is_compiling() or _dispatch_modes() or _function_transforms() is not None
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_transforms() is not None
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -127,9 +131,16 @@ class Variant:
             torch.utils.flop_counter.register_flop_formula(packet)(operator.flops)
 
     def __call__(self, *args: Any) -> Any:
-        """Call the op; the first argument is a tensor."""
+        """Call the op; the first argument is a tensor.
+
+        Raises:
+            RuntimeError: inside forward-mode differentiation, where tangents would be lost, and
+                under ``torch.func.grad`` and ``vmap``.
+        """
         if not _nobody_watches():
-            return self.overload(*args)
+            return self._watched(*args)
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(_no_transform(self.overload, "forward-mode differentiation"))
         differentiable = False
         leaves = _flatten(args, self._lists) if self._lists else args
         for arg in leaves:
@@ -145,6 +156,23 @@ class Variant:
                 return self._function.apply(tuple(len(args[i]) for i in self._lists), *leaves)
             return self._function.apply(*args)
         return self._inference(*args)
+
+    def _watched(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _function_transforms() is None:
+            return self.overload(*args)
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(_no_transform(self.overload, "forward-mode differentiation"))
+        try:
+            return self.overload(*args)
+        except RuntimeError as error:
+            raise RuntimeError(_no_transform(self.overload, "this transform")) from error
+
+
+def _no_transform(overload: Any, transform: str) -> str:
+    return (
+        f"moe_kernels: {overload} has no rule for {transform} of torch.func; use torch.autograd "
+        "(backward, torch.autograd.grad), or revert() a swapped model for it."
+    )
 
 
 def _flatten(args: Sequence[Any], lists: tuple[int, ...]) -> list[Any]:
@@ -229,8 +257,12 @@ def _make_function(
         return forward(ctx, *_unflatten(leaves, lists, lengths))
 
     def backward_leaves(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        ctx.needs_input_grad = _unflatten(ctx.needs_input_grad[1:], lists, ctx.lengths)
-        return (None, *_flatten(backward(ctx, *gradients), lists))
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = _unflatten(needs[1:], lists, ctx.lengths)
+        try:
+            return (None, *_flatten(backward(ctx, *gradients), lists))
+        finally:
+            ctx.needs_input_grad = needs  # a graph that is retained comes by again
 
     run, run_back = (forward_leaves, backward_leaves) if lists else (forward, backward)
     if not operator.twice_differentiable:
