@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra words for the trainer, e.g. make train ARGS="--recipe digits-token-choice steps=2000"
 ARGS ?=
-# Extra words for pytest, e.g. make test TESTS="tests/moe_kernels -k router"
+# Extra words for pytest, e.g. make test TESTS="tests/moe_kernels -k router"; with TESTS="-n 0" no tests
+# run beside each other
 TESTS ?=
 # Extra words for pip, e.g. another index for a torch build without CUDA (see README)
 PIP_ARGS ?=
@@ -25,11 +26,11 @@ REBUILD := $(FOR_TESTS) $(BIN)/python setup.py --quiet build_ext --inplace
 # What follows in a recipe runs on another build; the usual one comes back also when that fails.
 AND_RESTORE := trap '$(REBUILD)' EXIT; trap 'exit 130' INT TERM;
 
-.PHONY: train test test-reference test-sanitize gpu-check lint format help clean
+.PHONY: environment train test test-reference test-sanitize gpu-check lint format help clean
 
 help:
 	@echo "make train    install, train EC-DiT on real digits, sample, evaluate  (ARGS=...)"
-	@echo "make test     install, run the test suite                             (TESTS=...)"
+	@echo "make test     install, run the test suite, a process a core           (TESTS=...)"
 	@echo "make test-reference  the suite without the compiled modules           (TESTS=...)"
 	@echo "make test-sanitize   tests/moe_kernels on modules that check memory accesses and"
 	@echo "                     undefined behaviour; wants GCC                    (TESTS=...)"
@@ -38,14 +39,16 @@ help:
 	@echo "make format   ruff and clang-format, in place"
 	@echo "make clean    remove the environment and caches; runs are kept"
 
+environment: $(VENV)/.installed-dev
+
 train: $(VENV)/.installed-train
 	$(BIN)/python -m dit_models.train $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m tests $(TESTS)
 
 test-reference: $(VENV)/.installed-dev
-	@$(AND_RESTORE) MOE_KERNELS_BUILD=none $(REBUILD) && $(BIN)/python -m pytest $(TESTS)
+	@$(AND_RESTORE) MOE_KERNELS_BUILD=none $(REBUILD) && $(BIN)/python -m tests $(TESTS)
 
 # The sanitizers' libraries must be loaded before Python; with libstdc++, or the first exception that
 # torch throws ends the process. Leaks are not looked for: Python itself keeps memory at its exit.

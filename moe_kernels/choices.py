@@ -34,7 +34,12 @@ def plan_from_choices(
     """
     check_floating("routing_weights", routing_weights, 2, "(num_tokens, top_k)")
     check_positive_int("num_experts", num_experts)
-    if expert_indices.is_floating_point():
+    if not isinstance(expert_indices, Tensor):
+        raise ValueError(
+            f"expert_indices is a {type(expert_indices).__name__}; expected a torch.Tensor "
+            "(num_tokens, top_k)."
+        )
+    if expert_indices.is_floating_point() or expert_indices.dtype == torch.bool:
         raise ValueError(f"expert_indices is {expert_indices.dtype}; expected integers.")
     shape = (routing_weights.shape[0], routing_weights.shape[1])
     check_shape("expert_indices", expert_indices, shape, "as routing_weights")

@@ -199,9 +199,7 @@ def _require(condition: bool | Tensor, invariant: str) -> None:
 
 def _check_layout(plan: RoutingPlan) -> None:
     tokens, experts, rows = plan.num_tokens, plan.num_experts, plan.num_rows
-    shapes = {
-        "router_logits": (tokens, experts),
-        "router_probs": (tokens, experts),
+    shapes: dict[str, tuple[int, ...]] = {
         "routing_weights": (rows,),
         "token_indices": (rows,),
         "expert_offsets": (experts + 1,),
@@ -209,6 +207,8 @@ def _check_layout(plan: RoutingPlan) -> None:
         "row_indices": (rows,),
         "row_offsets": (tokens + 1,),
     }
+    if plan.affinity != "given":
+        shapes |= {"router_logits": (tokens, experts), "router_probs": (tokens, experts)}
     for name, shape in shapes.items():
         tensor = getattr(plan, name)
         _require(tuple(tensor.shape) == shape, f"{name} of shape {tuple(tensor.shape)} == {shape}")

@@ -20,6 +20,18 @@ def test_entries_exist(entry):
     assert not name or name in names
 
 
+def test_what_is_timed_by_pytest_benchmark_runs_alone():
+    timed = [
+        f"{path.relative_to(ROOT).as_posix()}::{node.name}"
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and "benchmark" in [argument.arg for argument in node.args.args]
+    ]
+    assert timed
+    assert {parts.part_of(test) for test in timed} == {"alone"}
+
+
 def test_a_test_has_one_part():
     assert JOBS in parts.ALONE
     assert parts.part_of(JOBS) == parts.part_of(f"{JOBS}[a::b]") == "alone"
@@ -112,3 +124,4 @@ def test_processes_are_at_most_the_cores(monkeypatch):
     assert parts.workers() == 2
     monkeypatch.setattr(parts, "cores", lambda: 64)
     assert parts.workers() == parts.MOST_WORKERS
+    assert [parts.share_of_cores(count) for count in (1, 2, 8, 100)] == [64, 32, 8, 1]

@@ -4,20 +4,24 @@ from typing import Any
 
 from torch import nn
 
+from moe_kernels.integrations.adapter import why_bypassing_is_wrong
 from moe_kernels.integrations.expert_list import ExpertList
 
 
 class SwiGLUExperts(ExpertList):
     """``MoeMLP`` of DiT-MoE: ``down_proj(silu(gate_proj x) · up_proj x)``."""
 
-    def why_not(self, experts: Any) -> str | None:
-        reason = super().why_not(experts)
+    def changed(self, experts: Any) -> str | None:
+        reason = super().changed(experts)
         if reason is not None:
             return reason
         for i, expert in enumerate(experts):
             act = getattr(expert, "act_fn", None)
             if type(act) is not nn.SiLU:
                 return f"the act_fn of experts.{i} is a {type(act).__name__}, not SiLU"
+            reason = why_bypassing_is_wrong(act, f"experts.{i}.act_fn")
+            if reason is not None:
+                return reason
             slices, width = getattr(expert, "pretraining_tp", 1), expert.gate_proj.out_features
             if slices > 1 and width % slices:
                 # The original drops the channels that its slices do not cover.
@@ -32,8 +36,8 @@ class SwiGLUExperts(ExpertList):
 class MlpExperts(ExpertList):
     """``Mlp`` of vision transformers: ``fc2(gelu(fc1 x))``."""
 
-    def why_not(self, experts: Any) -> str | None:
-        reason = super().why_not(experts)
+    def changed(self, experts: Any) -> str | None:
+        reason = super().changed(experts)
         if reason is not None:
             return reason
         first = getattr(experts[0], "act", None)
@@ -41,6 +45,9 @@ class MlpExperts(ExpertList):
             act = getattr(expert, "act", None)
             if type(act) is not nn.GELU or act.approximate != getattr(first, "approximate", None):
                 return f"the act of experts.{i} is {act}, not the GELU of the others"
+            reason = why_bypassing_is_wrong(act, f"experts.{i}.act")
+            if reason is not None:
+                return reason
             if type(getattr(expert, "norm", None)) not in (nn.Identity, type(None)):
                 return f"experts.{i} has a norm between its layers"
             for name in ("drop", "drop1", "drop2"):
@@ -63,7 +70,7 @@ def expert_kind(experts: Any) -> SwiGLUExperts | MlpExperts:
     first = experts[0]
     if not hasattr(first, "fc1"):
         return _SWIGLU
-    return _MLP_WITHOUT_BIAS if first.fc1.bias is None else _MLP
+    return _MLP_WITHOUT_BIAS if getattr(first.fc1, "bias", None) is None else _MLP
 
 
 def why_not_experts(experts: Any) -> str | None:

@@ -107,6 +107,8 @@ def revert(model_or_pipeline: Any) -> SwapReport:
     for _, module in swapped:  # all or none
         _check_revertible(module)
     for path, module in swapped:
+        if not isinstance(module, Swapped):  # it is in two components
+            continue
         family = module.adapter.family
         _revert(module)
         report.rows.append(SwapRow(path, type(module).__name__, family, "reverted"))

@@ -15,7 +15,13 @@ from moe_kernels.choices import plan_from_choices
 from moe_kernels.combine import combine
 from moe_kernels.dispatch import dispatch
 from moe_kernels.expert_mlp import expert_mlp, grouped_gemm
-from moe_kernels.integrations.adapter import Adapter, backend_of, missing_attributes, random_tokens
+from moe_kernels.integrations.adapter import (
+    Adapter,
+    backend_of,
+    missing_attributes,
+    random_tokens,
+    why_bypassing_is_wrong,
+)
 from moe_kernels.plan import RoutingPlan
 
 NAME = "moe_kernels"
@@ -130,12 +136,16 @@ def _biases(self: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _activation(self: Any) -> str | None:
     """The kernels' name of what is between the products, ``None`` when they do not have it."""
-    if self.has_post_expert_norm:
+    act = getattr(self, "act_fn", None)
+    if self.has_post_expert_norm or not isinstance(act, nn.Module):
         return None
+    if why_bypassing_is_wrong(act, "act_fn") is not None:
+        return None
+    name = type(act).__name__
     if not self.has_gate:
-        return UNGATED.get(type(self.act_fn).__name__)
+        return UNGATED.get(name)
     standard = getattr(type(self)._apply_gate, "__name__", "") == "_default_apply_gate"
-    silu = standard and type(self.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    silu = standard and name in ("SiLU", "SiLUActivation")
     return "swiglu" if silu and self.is_concatenated else None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_kernels as mk
 from moe_kernels.backends import BACKENDS
@@ -110,8 +111,7 @@ def _clear_inputs(
     seed: int,
     tries: int = 3000,
 ) -> Inputs:
-    block = exact_copy(family.make())
-    rounded = None if rounding is None else family.make(rounding)
+    block, rounded = _originals(family, rounding)
     for attempt in range(tries):
         generator = torch.Generator().manual_seed(tries * seed + attempt)
         drawn = family.draw(generator, batch_size, seq_len)
@@ -120,12 +120,17 @@ def _clear_inputs(
         clear = CLEAR_IN_FP32 if rounding is None else CLEAR
         if any(_margin(*ranking) <= clear for ranking in rankings):
             continue
-        if rounded is None:
-            return drawn
-        others = family.rankings(rounded, cast(drawn, rounding))
-        if all(map(_chooses_alike, rankings, others)):
+        if rounding is None or all(
+            map(_chooses_alike, rankings, family.rankings(rounded, cast(drawn, rounding)))
+        ):
             return drawn
     raise AssertionError(f"no clear arguments of {family.name} in {tries} tries")
+
+
+@cache
+def _originals(family: Family, rounding: torch.dtype | None) -> tuple[nn.Module, nn.Module | None]:
+    """In fp64, and rounded."""
+    return exact_copy(family.make()), None if rounding is None else family.make(rounding)
 
 
 def _margin(affinity: Tensor, taken: int) -> float:
@@ -167,7 +172,7 @@ def exact_copy(block: nn.Module) -> nn.Module:
     """The original in fp64."""
     exact = in_fp64(block)
     for module in exact.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation_internal"):
             config._experts_implementation_internal = "eager"  # the others have no fp64
     return exact
@@ -236,6 +241,30 @@ def stacked(found: list[Results]) -> Results:
     """Results for several arguments together: of a few numbers, rounded to 16 bits, the largest
     error is a matter of luck."""
     return {name: torch.stack([results[name] for results in found]) for name in found[0]}
+
+
+class Copies(TorchDispatchMode):
+    """Sizes of the tensors that are copied outside of the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        copying = ("aten.clone", "aten.copy", "aten._to_copy", "aten.cat", "aten.stack")
+        if str(func).startswith(copying):
+            self.sizes.add(out.numel())
+        return out
+
+
+def assert_stacked_weights_are_not_copied(block: nn.Module, inputs: Inputs) -> None:
+    """Neither forward nor backward, whatever their layout."""
+    with Copies() as copies:
+        run(block, inputs)
+    stacked = {parameter.numel() for parameter in block.parameters() if parameter.dim() == 3}
+    assert stacked
+    assert not stacked & copies.sizes
 
 
 def assert_same_bits(actual: Results, expected: Results) -> None:

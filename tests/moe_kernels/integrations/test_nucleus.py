@@ -13,7 +13,15 @@ from .blocks import assert_parity
 from .contract import Compiled, Lifecycle, Numbers
 from .contract_models import WholeModels
 from .families import HIDDEN, NUCLEUS, nucleus_block
-from .parity import Family, backend, cast, exact_copy, run, swapped_copy
+from .parity import (
+    Family,
+    assert_stacked_weights_are_not_copied,
+    backend,
+    cast,
+    exact_copy,
+    run,
+    swapped_copy,
+)
 from .whole_models import NUCLEUS_MODELS
 
 pytest.importorskip("diffusers", reason="Nucleus-Image is in diffusers")
@@ -136,6 +144,12 @@ def test_gradients_lie_in_memory_as_their_weights():
     out.backward(torch.randn_like(out))
     for weight in (block.experts.gate_up_proj, block.experts.down_proj):
         assert weight.grad.is_contiguous()
+
+
+def test_weights_are_read_where_they_are():
+    assert_stacked_weights_are_not_copied(
+        swapped_copy(NUCLEUS.make()), NUCLEUS.inputs(torch.float32, 1, 7)
+    )
 
 
 # What is not served.

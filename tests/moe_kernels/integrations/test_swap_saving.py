@@ -62,6 +62,31 @@ def test_safetensors_of_a_model(family, tmp_path):
 
 
 @BLOCKS
+def test_no_two_entries_of_a_state_dict_share_a_storage(family):
+    """Accelerate takes such entries for tied weights, and saves one of them."""
+
+    def storages(state: dict) -> set[int]:
+        return {value.untyped_storage().data_ptr() for value in state.values()}
+
+    model = nn.ModuleDict({"a": family.make(), "b": family.make()})
+    mk.apply(model)
+    state = model.state_dict()
+    assert len(storages(state)) == len(state)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
+    # The entries are the weights all the same.
+    for name, parameter in model.named_parameters():
+        assert state[name].data_ptr() == parameter.data_ptr()
+        assert not state[name].requires_grad
+    state = model.state_dict(keep_vars=True, prefix="model.")
+    for name, parameter in model.named_parameters():
+        assert state[f"model.{name}"] is parameter
+
+    mk.revert(model)
+    state = {name: parameter.data for name, parameter in model.named_parameters()}
+    assert len(storages(state)) == len(state)
+
+
+@BLOCKS
 def test_the_file_of_a_state_dict_is_as_large_as_before(family, tmp_path):
     original = family.make()
     torch.save(original.state_dict(), tmp_path / "before")
@@ -124,6 +149,18 @@ def test_the_report_says_that_nothing_is_packed_yet():
     assert "weights are on the meta device" in mk.apply(block).rows[0].detail
 
 
+def test_functional_calls_with_other_weights():
+    block = swapped_copy(HIDREAM.make())
+    inputs = HIDREAM.inputs()
+    expected = block(*inputs)
+    state = {name: value.clone() for name, value in block.state_dict().items()}
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    assert torch.equal(torch.func.functional_call(block, state, inputs), expected)
+    assert not block(*inputs).any()
+
+
 # Shared weights.
 
 
@@ -147,10 +184,10 @@ def same_memory(block):
     "share", [same_weight, same_layer, same_expert, same_memory], ids=lambda f: f.__name__
 )
 def test_experts_that_share_weights(share):
-    original = HIDREAM.make()
+    original, block = HIDREAM.make(), HIDREAM.make()
     share(original)
+    share(block)
     inputs = HIDREAM.inputs()
-    block = copy.deepcopy(original)
     names = [name for name, _ in block.named_parameters()]
     pointers = {name: p.data_ptr() for name, p in original.named_parameters(remove_duplicate=False)}
     (row,) = mk.apply(block, verify=True).rows

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels as mk
+from moe_kernels.integrations.adapter import backend_of
 from moe_kernels.integrations.hidream import HiDream
 from moe_kernels.integrations.nucleus import Nucleus
 from moe_kernels.integrations.swapped import Swapped
@@ -93,11 +94,12 @@ def test_a_wrong_adapter_is_found_and_taken_back(monkeypatch, wrong, dtype):
 
 def test_blocks_swapped_before_the_call_stay(monkeypatch):
     model = nn.ModuleList([NUCLEUS.make(), HIDREAM.make()])
-    mk.apply(model, include="0")
+    mk.apply(model, "reference", include="0")
     monkeypatch.setattr(HiDream, "forward", off_by_one_percent)
     with pytest.raises(mk.VerificationFailed):
         mk.apply(model, verify=True)
     assert isinstance(model[0], Swapped)
+    assert backend_of(model[0]) == "reference"
     assert not isinstance(model[1], Swapped)
 
 

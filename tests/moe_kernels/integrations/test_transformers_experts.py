@@ -16,6 +16,7 @@ from .families import EXPERTS, GPT_OSS, MIXTRAL, RARE, TRANSFORMERS
 from .parity import (
     Family,
     assert_same_bits,
+    assert_stacked_weights_are_not_copied,
     backend,
     cast,
     exact_copy,
@@ -46,7 +47,8 @@ class TestLifecycle(Lifecycle):
 
 
 class TestCompiled(Compiled):
-    pass
+    def test_inductor(self):
+        super().test_inductor(MIXTRAL)
 
 
 class TestWholeModels(WholeModels):
@@ -78,6 +80,13 @@ def test_what_is_fused():
         assert "fused swiglu" in told(family), family.name
     for family in (GPT_OSS, *RARE[1:]):
         assert "the model's own activation" in told(family), family.name
+
+
+@pytest.mark.parametrize("family", [*TRANSFORMERS, *RARE], ids=lambda family: family.name)
+def test_weights_are_read_where_they_are(family):
+    assert_stacked_weights_are_not_copied(
+        swapped_copy(family.make()), family.inputs(torch.float32, 1, 7)
+    )
 
 
 # The router may choose anything.
