@@ -66,7 +66,17 @@ class Recorder(TorchDispatchMode):
 
 
 def detached(value: Any) -> Any:
+    if isinstance(value, list):
+        return [detached(element) for element in value]
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def leaf(value: Any) -> Any:
+    """The value, differentiable if it can be."""
+    if isinstance(value, list):
+        return [leaf(element) for element in value]
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.requires_grad_() if floating else value
 
 
 def record(device: str) -> dict[Any, tuple[Any, ...]]:
@@ -91,6 +101,10 @@ def record(device: str) -> dict[Any, tuple[Any, ...]]:
             w = draw(device, experts, inner, hidden, dtype=dtype).requires_grad_()
             y = mk.grouped_gemm(rows, w, plan.expert_offsets)
             torch.autograd.grad(y, [rows, w], torch.randn_like(y))
+            down = draw(device, experts, hidden, inner, dtype=dtype)
+            parts = [leaf(part) for part in (*w.detach().clone(), *down)]
+            y = mk.expert_mlp(tokens, plan, parts[:experts], parts[experts:])
+            torch.autograd.grad(y, parts, torch.randn_like(y))
             out = mk.combine(rows, plan)
             torch.autograd.grad(out, tokens, torch.randn_like(out))
     return recorder.calls
@@ -110,8 +124,5 @@ def test_every_op_passes_opcheck(device, backend):
     assert served == (set(known) if backend == "triton" else ROUTING_AND_ROWS)
     for overload, args in calls.items():
         if overloads[overload].backward is not None:
-            args = tuple(
-                arg.requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
-                for arg in args
-            )
+            args = tuple(map(leaf, args))
         opcheck(overload, args, test_utils=CHECKS)

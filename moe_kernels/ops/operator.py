@@ -111,7 +111,7 @@ class Variant:
             library.impl(name, kernel, device_type.upper())
         packet = getattr(torch.ops.moe_kernels, operator.name)
         self.overload = getattr(packet, backend)
-        self._inference = inference
+        self.kernel, self._inference = kernel, inference
         self._function = None
         if operator.backward is not None and operator.setup_context is not None:
             setup_context = _remember_backend(operator.setup_context, backend)
