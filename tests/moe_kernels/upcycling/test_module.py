@@ -196,7 +196,7 @@ def test_state_dict_goes_into_another_upcycled_model(routing):
     stored = io.BytesIO()
     torch.save(model.state_dict(), stored)
     stored.seek(0)
-    other.load_state_dict(torch.load(stored))
+    other.load_state_dict(torch.load(stored, weights_only=True))
     assert torch.equal(other(x), model(x))
     empty = Blocks(Mlp(), Mlp(act=nn.SiLU())).to("meta")
     report = upcycle(empty, 4, routing)
