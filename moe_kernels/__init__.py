@@ -24,13 +24,20 @@ from moe_kernels.integrations.transformers_experts import register_with_transfor
 from moe_kernels.layers import (
     ExpertChoiceRouter,
     GroupedExperts,
+    LinearRouter,
     MoE,
     SharedExpert,
     TokenChoiceRouter,
+    num_pools,
 )
 from moe_kernels.losses import load_balance_loss, router_similarity_loss, router_z_loss
 from moe_kernels.plan import RoutingPlan
 from moe_kernels.router import expert_capacity, expert_choice, token_choice
+from moe_kernels.selection import (
+    expert_choice_per_group,
+    pair_choice,
+    plan_from_selection,
+)
 from moe_kernels.telemetry import RoutingStats, routing_stats
 from moe_kernels.upcycling import (
     UpcycledMLP,
@@ -47,6 +54,7 @@ __all__ = [
     "BackendUnavailable",
     "ExpertChoiceRouter",
     "GroupedExperts",
+    "LinearRouter",
     "MoE",
     "NothingMatched",
     "RoutingPlan",
@@ -66,12 +74,16 @@ __all__ = [
     "dispatch",
     "expert_capacity",
     "expert_choice",
+    "expert_choice_per_group",
     "expert_mlp",
     "from_megablocks",
     "grouped_gemm",
     "load_balance_loss",
     "measure_importance",
+    "num_pools",
+    "pair_choice",
     "plan_from_choices",
+    "plan_from_selection",
     "register_with_kernels",
     "register_with_transformers",
     "revert",

@@ -14,24 +14,33 @@ from moe_kernels.plan import RoutingPlan
 from moe_kernels.router import expert_choice, token_choice
 
 
-class _Router(nn.Module):
-    """Linear router without bias, in fp32 whatever the input and autocast say."""
+class LinearRouter(nn.Module):
+    """What routers share: a linear map without bias, in fp32 whatever the input and autocast say.
+
+    Args:
+        hidden_size: D of the tokens that are routed.
+        num_experts: E.
+        in_features: width of what ``logits`` reads; D where it reads the tokens.
+    """
+
+    routing: dict[str, Any]
 
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        in_features: int | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("hidden_size", hidden_size)
         check_positive_int("num_experts", num_experts)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
-        self.weight = nn.Parameter(
-            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
-        )
+        width = hidden_size if in_features is None else in_features
+        self.weight = nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -45,7 +54,7 @@ class _Router(nn.Module):
             return F.linear(x.flatten(0, -2).to(dtype), self.weight.to(dtype))
 
 
-class ExpertChoiceRouter(_Router):
+class ExpertChoiceRouter(LinearRouter):
     """Each expert chooses its tokens, inside each image by default.
 
     Args:
@@ -99,22 +108,9 @@ class ExpertChoiceRouter(_Router):
     def forward(self, x: Tensor) -> RoutingPlan:
         """Route (B, S, D) tokens."""
         batch_size, seq_len = x.shape[:2]
-        num_groups = self._num_groups(batch_size, seq_len)
+        num_groups = num_pools(self.group, batch_size, seq_len)
         options: dict[str, Any] = self.routing
         return expert_choice(self.logits(x), self.capacity_factor, num_groups=num_groups, **options)
-
-    def _num_groups(self, batch_size: int, seq_len: int) -> int:
-        if self.group == "image":
-            return max(batch_size, 1)
-        if self.group == "batch":
-            return 1
-        assert isinstance(self.group, int)
-        if (batch_size * seq_len) % self.group:
-            raise ValueError(
-                f"group is {self.group} tokens, which does not divide the {batch_size} x {seq_len} "
-                'tokens given; choose a divisor, "image" or "batch".'
-            )
-        return max(batch_size * seq_len // self.group, 1)
 
     def extra_repr(self) -> str:
         return (
@@ -123,7 +119,26 @@ class ExpertChoiceRouter(_Router):
         )
 
 
-class TokenChoiceRouter(_Router):
+def num_pools(group: str | int, batch_size: int, seq_len: int) -> int:
+    """Pools that experts choose from: G of ``expert_choice`` for the ``group`` of a router.
+
+    Raises:
+        ValueError: a number of tokens that does not divide those given.
+    """
+    if group == "image":
+        return max(batch_size, 1)
+    if group == "batch":
+        return 1
+    assert isinstance(group, int)
+    if (batch_size * seq_len) % group:
+        raise ValueError(
+            f"group is {group} tokens, which does not divide the {batch_size} x {seq_len} "
+            'tokens given; choose a divisor, "image" or "batch".'
+        )
+    return max(batch_size * seq_len // group, 1)
+
+
+class TokenChoiceRouter(LinearRouter):
     """Each token chooses its K best experts.
 
     Args:
@@ -320,8 +335,8 @@ class MoE(nn.Module):
         hidden_size: D.
         intermediate_size: F of each expert.
         num_experts: E.
-        router: an ``ExpertChoiceRouter`` or ``TokenChoiceRouter`` for the same D and E; by default
-            ``ExpertChoiceRouter(hidden_size, num_experts)``.
+        router: an ``ExpertChoiceRouter``, ``TokenChoiceRouter`` or other ``LinearRouter`` for the
+            same D and E; by default ``ExpertChoiceRouter(hidden_size, num_experts)``.
         activation: ``"gelu_tanh"``, ``"gelu"`` or ``"swiglu"``, also of the shared expert.
         bias: biases in both projections of every expert.
         shared_intermediate_size: F of a dense MLP that every token passes; 0 for none.
@@ -335,7 +350,7 @@ class MoE(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         num_experts: int,
-        router: ExpertChoiceRouter | TokenChoiceRouter | None = None,
+        router: LinearRouter | None = None,
         activation: str = "gelu_tanh",
         bias: bool = False,
         shared_intermediate_size: int = 0,

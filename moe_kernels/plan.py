@@ -38,14 +38,15 @@ class RoutingPlan:
     E·G·C for expert choice).
 
     Attributes:
-        router: ``"expert_choice"`` or ``"token_choice"``.
+        router: ``"expert_choice"``, ``"token_choice"``, or ``"selection"`` for any other set of
+            token-expert pairs (``plan_from_selection``).
         affinity: ``"softmax"``, ``"sigmoid"`` or ``"identity"``; ``"given"`` when a model's own
             router chose (``plan_from_choices``), and the plan has no logits.
         num_tokens: T.
         num_experts: E.
         num_groups: G, the number of pools (expert choice) or sequences (token choice).
-        top_k: K, experts per token; ``None`` for expert choice.
-        capacity: C, tokens per expert and group; ``None`` for token choice.
+        top_k: K, experts per token; ``None`` unless all tokens have as many.
+        capacity: C, tokens per expert and group; ``None`` unless all have as many.
         router_logits: (T, E) fp32 (fp64 for fp64 input), differentiable.
         routing_weights: (R,) what each row's expert output is multiplied by, differentiable.
         token_indices: (R,) int32, the token each row reads.
@@ -160,8 +161,10 @@ class RoutingPlan:
         _check_inverse(self)
         if self.router == "expert_choice":
             _check_expert_choice(self)
-        else:
+        elif self.router == "token_choice":
             _check_token_choice(self)
+        else:
+            _check_ascending_tokens(self)
         return self
 
 
@@ -270,11 +273,16 @@ def _check_token_choice(plan: RoutingPlan) -> None:
     _require(plan.expert_indices is not None, "token choice has expert_indices")
     assert plan.expert_indices is not None
     _require((plan.experts_per_token == plan.top_k).all(), f"every token has top_k = {plan.top_k}")
+    _check_ascending_tokens(plan)
     experts = plan.expert_of_row
-    same_expert = experts[1:] == experts[:-1]
-    rising = plan.token_indices[1:] > plan.token_indices[:-1]
-    _require((rising | ~same_expert).all(), "the tokens of an expert are distinct and ascend")
     by_token = experts[plan.row_indices.long()].view(plan.num_tokens, plan.top_k)
     _require(
         (plan.expert_indices.sort(dim=-1).values == by_token).all(), "expert_indices name the rows"
     )
+
+
+def _check_ascending_tokens(plan: RoutingPlan) -> None:
+    experts = plan.expert_of_row
+    same_expert = experts[1:] == experts[:-1]
+    rising = plan.token_indices[1:] > plan.token_indices[:-1]
+    _require((rising | ~same_expert).all(), "the tokens of an expert are distinct and ascend")
