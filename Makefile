@@ -26,10 +26,11 @@ REBUILD := $(FOR_TESTS) $(BIN)/python setup.py --quiet build_ext --inplace
 # What follows in a recipe runs on another build; the usual one comes back also when that fails.
 AND_RESTORE := trap '$(REBUILD)' EXIT; trap 'exit 130' INT TERM;
 
-.PHONY: environment train test test-reference test-sanitize gpu-check lint format help clean
+.PHONY: environment train train-text test test-reference test-sanitize gpu-check lint format help clean
 
 help:
 	@echo "make train    install, train EC-DiT on real digits, sample, evaluate  (ARGS=...)"
+	@echo "make train-text  the same with captions: scenes of coloured digits  (ARGS=...)"
 	@echo "make test     install, run the test suite, a process a core           (TESTS=...)"
 	@echo "make test-reference  the suite without the compiled modules           (TESTS=...)"
 	@echo "make test-sanitize   tests/moe_kernels on modules that check memory accesses and"
@@ -43,6 +44,9 @@ environment: $(VENV)/.installed-dev
 
 train: $(VENV)/.installed-train
 	$(BIN)/python -m dit_models.train $(ARGS)
+
+train-text: $(VENV)/.installed-train
+	$(BIN)/python -m dit_models.train --recipe digit-scenes $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m tests $(TESTS)
@@ -90,4 +94,6 @@ $(VENV)/.installed-train: $(METADATA) $(NATIVE) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(METADATA) $(NATIVE) | $(BIN)/python
 	$(FOR_TESTS) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@# Without torchvision, of which there is no build for every torch; the tests stand in for it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps torch-fidelity
 	@touch $@ $(VENV)/.installed-train

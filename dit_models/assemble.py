@@ -6,16 +6,25 @@ from typing import Any
 
 import torch
 
+import moe_kernels as mk
 from dit_models.conditioned import ConditionedModel
-from dit_models.config import ObjectiveConfig, TrainConfig
+from dit_models.config import ObjectiveConfig, TextConfig, TrainConfig
 from dit_models.data import DatasetInfo
 from dit_models.diffusion import DDPM, RectifiedFlow
 from dit_models.model_config import ModelConfig
 from dit_models.models import build_model, get_config
-from dit_models.text import ByteTextEncoder
+from dit_models.text import (
+    ByteTextEncoder,
+    EmbeddingCache,
+    EncoderSpec,
+    FrozenEncoder,
+    PretrainedText,
+    describe_encoder,
+)
 
 # What the data and the objective decide; a recipe's model preset gives the rest.
 _FROM_DATA = ("in_channels", "out_channels", "image_size", "num_classes")
+_BYTE_LENGTH = 128
 
 
 def model_config_for(config: TrainConfig, info: DatasetInfo) -> ModelConfig:
@@ -30,6 +39,11 @@ def model_config_for(config: TrainConfig, info: DatasetInfo) -> ModelConfig:
     for name in _FROM_DATA:
         if name in options:
             raise ValueError(f"model_options.{name} follows from the data; leave it out.")
+    if config.data.vae and info.vae is None:
+        raise ValueError(
+            f"data.vae={config.data.vae!r} has no effect on {info.name}, which holds images and no "
+            "latents; leave it out, or make latents: python -m dit_models.precompute."
+        )
     if preset.text_dim and not info.has_captions:
         raise ValueError(
             f"model {config.model} reads captions, and {info.name} has none; choose a "
@@ -40,6 +54,20 @@ def model_config_for(config: TrainConfig, info: DatasetInfo) -> ModelConfig:
             f"model {config.model} is class-conditional, and {info.name} has captions instead of "
             "classes; choose a text model such as EC-DiT-tiny-text."
         )
+    if not preset.text_dim and config.text != TextConfig():
+        raise ValueError(
+            f"model {config.model} is class-conditional, so {config.text} has no effect; leave "
+            "text. out, or choose a text model."
+        )
+    if preset.text_dim and config.text.projection == "none":
+        spec = text_spec_for(config, info)
+        if spec is not None:
+            if "text_dim" in options:
+                raise ValueError(
+                    "model_options.text_dim follows from the text encoder without a projection; "
+                    "leave it out, or set text.projection=linear."
+                )
+            options["text_dim"] = spec.dim
     learned = config.objective.kind == "ddpm" and config.objective.learned_sigma
     fitted = preset.to_dict() | {
         "in_channels": info.channels,
@@ -49,7 +77,15 @@ def model_config_for(config: TrainConfig, info: DatasetInfo) -> ModelConfig:
     }
     if config.objective.kind == "ddpm":
         fitted["time_scale"] = 1.0  # its timesteps already run from 0 to 999
-    return ModelConfig.from_dict(fitted | options)
+    if "routing" in options:
+        fitted["routing_options"] = {}  # those of the preset's routing
+    own = options.get("routing_options", {})
+    if isinstance(own, dict):  # else the model's configuration refuses it
+        options["routing_options"] = fitted["routing_options"] | own
+    model = ModelConfig.from_dict(fitted | options)
+    if config.objective.kind == "ddpm" and model.reads_noise_levels:
+        return replace(model, max_timestep=float(config.objective.num_timesteps))
+    return model
 
 
 def build_conditioned_model(
@@ -57,12 +93,78 @@ def build_conditioned_model(
 ) -> ConditionedModel:
     """A fresh model for this data, initialised from the global random state."""
     model_config = model_config_for(config, info)
-    text_encoder = None
+    text_encoder: ByteTextEncoder | PretrainedText | None = None
     if model_config.text_dim:
-        text_encoder = ByteTextEncoder(
-            model_config.text_dim, config.text_max_length, config.text_depth
-        )
+        text_encoder = build_text_encoder(config, info, model_config.text_dim)
     return ConditionedModel(build_model(model_config), text_encoder).to(device)
+
+
+def text_spec_for(config: TrainConfig, info: DatasetInfo) -> EncoderSpec | None:
+    """The pretrained text encoder of a run; ``None`` for the byte-level one.
+
+    Raises:
+        ValueError: a field of ``config.text`` that has no effect, or that contradicts the text
+            features that the data already hold.
+    """
+    text = config.text
+    stored = None if info.text is None else EncoderSpec(**info.text)
+    if text.encoder == "bytes" or (text.encoder == "auto" and stored is None):
+        names = ("revision", "layer", "dtype", "projection", "null", "cache")
+        _refuse_changed(text, names, "the byte-level text encoder")
+        return None
+    _refuse_changed(text, ("depth",), "a pretrained text encoder")
+    dtype = None if text.dtype == "auto" else text.dtype
+    if stored is None:
+        return describe_encoder(
+            text.encoder,
+            revision=text.revision,
+            max_length=text.max_length,
+            layer=text.layer,
+            dtype=dtype or "fp32",
+        )
+    asked = {"max_length": text.max_length, "layer": text.layer, "dtype": dtype}
+    for name, value in asked.items():
+        if value is not None and value != getattr(stored, name):
+            raise ValueError(
+                f"text.{name}={value!r}, and {info.name} holds text encoded with "
+                f"{getattr(stored, name)!r}; set it to that, or precompute the text again."
+            )
+    if text.encoder == "auto":
+        return stored
+    return replace(stored, encoder=text.encoder, revision=text.revision)
+
+
+def _refuse_changed(text: TextConfig, names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if getattr(text, name) != getattr(TextConfig(), name):
+            raise ValueError(
+                f"text.{name}={getattr(text, name)!r} has no effect on {what}; leave it out."
+            )
+
+
+def build_text_encoder(
+    config: TrainConfig, info: DatasetInfo, text_dim: int
+) -> ByteTextEncoder | PretrainedText:
+    """The text encoder of a run, whose features are ``text_dim`` wide for the model.
+
+    The weights of a pretrained one are read when the first caption has to be encoded.
+    """
+    text = config.text
+    spec = text_spec_for(config, info)
+    if spec is None:
+        return ByteTextEncoder(text_dim, byte_length(config), text.depth)
+    cache = None
+    if text.cache != "none":
+        folder = mk.cache_folder() / "text" if text.cache == "auto" else text.cache
+        cache = EmbeddingCache(folder)
+    projected = text_dim if text.projection == "linear" else None
+    return PretrainedText(FrozenEncoder(spec, cache), projected, text.null)
+
+
+def byte_length(config: TrainConfig) -> int:
+    """Longest byte sequence of the byte-level encoder, end marks included."""
+    length = config.text.max_length
+    return _BYTE_LENGTH if length is None else length
 
 
 def build_objective(config: ObjectiveConfig) -> RectifiedFlow | DDPM:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dit_models.rope import Rotation, rotate
+
 NORM_EPS = 1e-6
 
 
@@ -17,7 +19,9 @@ class SelfAttention(nn.Module):
         num_heads: query heads; the head size is D / ``num_heads``.
         num_kv_heads: key and value heads, a divisor of ``num_heads``; ``None`` = ``num_heads``.
         qkv_bias: biases in the fused projection, whose rows are queries, then keys, then values.
-        qk_norm: LayerNorm over the head size on queries and keys.
+        qk_norm: a norm over the head size on queries and keys (arXiv 2302.05442), before they are
+            rotated.
+        qk_norm_kind: "layer_norm", or "rms_norm" (x / rms(x) times a weight).
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class SelfAttention(nn.Module):
         *,
         qkv_bias: bool = True,
         qk_norm: bool = False,
+        qk_norm_kind: str = "layer_norm",
         **factory: Any,
     ) -> None:
         super().__init__()
@@ -37,15 +42,22 @@ class SelfAttention(nn.Module):
         rows = (num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(hidden_size, rows, bias=qkv_bias, **factory)
         self.proj = nn.Linear(hidden_size, hidden_size, **factory)
-        self.q_norm = _head_norm(self.head_dim, qk_norm, factory)
-        self.k_norm = _head_norm(self.head_dim, qk_norm, factory)
+        self.q_norm = _head_norm(self.head_dim, qk_norm, qk_norm_kind, factory)
+        self.k_norm = _head_norm(self.head_dim, qk_norm, qk_norm_kind, factory)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend inside each row of x (B, S, D), to the tokens where mask (B, S) bool is True."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Attend inside each row of x (B, S, D), to the tokens where mask (B, S) bool is True.
+
+        ``rotation`` turns queries and keys by the positions of their tokens.
+        """
         heads = self.qkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         query, key, value = heads.split(sizes, dim=1)
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         return self.proj(_attend(query, key, value, mask))
 
 
@@ -81,8 +93,19 @@ class CrossAttention(nn.Module):
         return self.proj(_attend(query, key, value, text_mask))
 
 
-def _head_norm(head_dim: int, enabled: bool, factory: dict[str, Any]) -> nn.Module:
-    return nn.LayerNorm(head_dim, eps=NORM_EPS, **factory) if enabled else nn.Identity()
+def _head_norm(head_dim: int, enabled: bool, kind: str, factory: dict[str, Any]) -> nn.Module:
+    if not enabled:
+        return nn.Identity()
+    norm = {"layer_norm": nn.LayerNorm, "rms_norm": _HeadRMSNorm}[kind]
+    return norm(head_dim, eps=NORM_EPS, **factory)
+
+
+class _HeadRMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` in the wider dtype of heads and weight, which autocast lets differ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -99,5 +122,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     has_key = mask.any(dim=1)
     allowed = (mask | ~has_key[:, None])[:, None, None, :]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-    out = torch.where(has_key[:, None, None, None], out, torch.zeros_like(out))
+    out = torch.where(has_key[:, None, None, None], out, 0.0)
     return out.transpose(1, 2).flatten(2)

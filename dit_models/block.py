@@ -2,11 +2,14 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dit_models.attention import NORM_EPS, CrossAttention, SelfAttention
 from dit_models.initialization import reset_layers, zero_linear
-from moe_kernels import RoutingPlan
+from dit_models.moe_ffn import RoutedFFN
+from dit_models.rope import Rotation
+from dit_models.routing import LayerRouting, RouterContext
 
 
 class BlockInput(NamedTuple):
@@ -15,6 +18,9 @@ class BlockInput(NamedTuple):
     conditioning: Tensor  # (B, D), before the SiLU of adaLN
     text: Tensor | None  # (B, L, text_dim), zeros at padding
     text_mask: Tensor | None  # (B, L) bool, True = a token
+    rotation: Rotation | None = None  # of the tokens' positions, for queries and keys
+    timestep_embedding: Tensor | None = None  # (B, D), for routers
+    noise_levels: tuple[float, ...] | None = None  # for routers that ask for them
 
 
 class DiTBlock(nn.Module):
@@ -31,11 +37,11 @@ class DiTBlock(nn.Module):
         hidden_size: D.
         num_heads: query heads.
         num_kv_heads: key and value heads; ``None`` = ``num_heads``.
-        ffn: module with ``ffn(x (B, S, D)) -> (out (B, S, D), RoutingPlan or None)``; it
-            initialises itself, and again in its ``reset_parameters()``.
+        ffn: module with ``ffn(x (B, S, D)) -> (out (B, S, D), RoutingPlan or None)``, or a
+            ``RoutedFFN``; it initialises itself, and again in its ``reset_parameters()``.
         text_dim: width of the text features; 0 leaves the cross-attention out.
         qkv_bias: biases in the query, key and value projections.
-        qk_norm: LayerNorm on queries and keys of the self-attention.
+        qk_norm, qk_norm_kind: see ``SelfAttention``.
 
     Source: DiT (adaLN-zero); EC-DiT (arXiv 2410.02098) for the place of the cross-attention.
     """
@@ -50,12 +56,19 @@ class DiTBlock(nn.Module):
         text_dim: int = 0,
         qkv_bias: bool = True,
         qk_norm: bool = False,
+        qk_norm_kind: str = "layer_norm",
         **factory: Any,
     ) -> None:
         super().__init__()
         self.norm1 = _norm(hidden_size, factory)
         self.attn = SelfAttention(
-            hidden_size, num_heads, num_kv_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, **factory
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            qk_norm_kind=qk_norm_kind,
+            **factory,
         )
         self.cross_attn: CrossAttention | None = None
         if text_dim:
@@ -68,16 +81,31 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = _adaln(hidden_size, 6, factory)
         self._reset_outside_ffn()
 
-    def forward(self, x: Tensor, context: BlockInput) -> tuple[Tensor, RoutingPlan | None]:
-        """x (B, S, D) -> the same shape, and the routing plan of a MoE slot."""
+    def forward(self, x: Tensor, context: BlockInput) -> tuple[Tensor, LayerRouting | None]:
+        """x (B, S, D) -> the same shape, and the routing of a MoE slot."""
         modulation = self.adaLN_modulation(context.conditioning)[:, None, :].chunk(6, dim=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.attn(_modulate(self.norm1(x), shift1, scale1))
+        attended = self.attn(_modulate(self.norm1(x), shift1, scale1), rotation=context.rotation)
+        x = torch.addcmul(x, gate1, attended)
         if self.cross_attn is not None:
             assert context.text is not None
             x = x + self.cross_attn(self.norm_cross(x), context.text, context.text_mask)
-        out, plan = self.ffn(_modulate(self.norm2(x), shift2, scale2))
-        return x + gate2 * out, plan
+        out, routing = self._feed_forward(self.norm2(x), shift2, scale2, context)
+        return torch.addcmul(x, gate2, out), routing
+
+    def _feed_forward(
+        self, unmodulated: Tensor, shift: Tensor, scale: Tensor, context: BlockInput
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """The FFN slot."""
+        x = _modulate(unmodulated, shift, scale)
+        if not isinstance(self.ffn, RoutedFFN):
+            out, plan = self.ffn(x)
+            return out, None if plan is None else LayerRouting(plan)
+        assert context.timestep_embedding is not None
+        router_context = RouterContext(
+            unmodulated, context.timestep_embedding, context.conditioning, context.noise_levels
+        )
+        return self.ffn(x, router_context)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform Linear layers; adaLN and the cross-attention's output at zero."""
@@ -130,4 +158,5 @@ def _adaln_linear(modulation: nn.Sequential) -> nn.Linear:
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    # In one pass: a product of its own would be another tensor of this size, written and read.
+    return torch.addcmul(shift, x, 1 + scale)

@@ -14,11 +14,46 @@ def option(default: Any, help_text: str) -> Any:
 class DataConfig:
     """Where the images come from."""
 
-    name: str = option("digits", "digits, digit-scenes, or the path of an image folder")
+    name: str = option(
+        "digits", "digits, digit-scenes, or the path of an image folder or of precomputed latents"
+    )
     split: str = option("train", "split to train on: train, heldout or all; or a sub-folder")
-    image_size: int | None = option(None, "side in pixels; needed for folders")
+    image_size: int | None = option(None, "side in pixels; needed for folders of images")
     flip: bool = option(False, "random horizontal flips")
     num_workers: int = option(0, "processes that load batches ahead; 0 loads them in place")
+    vae: str = option("", "latents: where the VAE is now, instead of the path they were made with")
+
+
+@dataclass
+class TextConfig:
+    """How captions become features; nothing here matters to a class-conditional model."""
+
+    encoder: str = option(
+        "auto",
+        "bytes (trained with the model), or the folder or Hugging Face name of a frozen "
+        "transformers encoder (T5, CLIP, Gemma, ...); auto: that of precomputed text, else bytes",
+    )
+    revision: str = option("main", "branch, tag or commit of an encoder given by name")
+    max_length: int | None = option(
+        None, "longest text: bytes with two end marks (null: 128), or tokens (null: 77)"
+    )
+    depth: int = option(2, "bytes: layers of the encoder")
+    layer: int | None = option(
+        None, "pretrained: hidden state that is read; -1 (null) the last, -2 the one before"
+    )
+    dtype: str = option(
+        "auto", "pretrained: fp32, bf16 or fp16 of the encoder and its cache; auto: fp32"
+    )
+    projection: str = option(
+        "none", "pretrained: none (text_dim is the encoder's width) or linear (to the model's)"
+    )
+    null: str = option(
+        "empty", "pretrained: the null caption is the encoded empty string, zeros, or learned"
+    )
+    cache: str = option(
+        "auto",
+        "pretrained: folder of encoded captions; none; auto: text in MOE_KERNELS_CACHE",
+    )
 
 
 @dataclass
@@ -62,6 +97,25 @@ class RouterLossConfig:
     )
     z: float = option(0.0, "router z-loss")
     similarity: float = option(0.0, "router similarity loss (Expert Race)")
+    own: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "losses that only some routings have: router_loss.own.layer_head=0.01; what is "
+            "left out has its routing's default (python -m dit_models.routing)"
+        },
+    )
+
+
+@dataclass
+class MaskingConfig:
+    """Training on a part of each image's patches (MaskDiT); drawing always sees all of them."""
+
+    ratio: float = option(0.0, "share of patches hidden from the model (EC-DiT: 0.5); 0 hides none")
+    unmask_from: float = option(1.0, "share of the run after which nothing is hidden any more")
+    reconstruction: float = option(
+        0.0, "coefficient of the hidden patches' loss (MaskDiT: 0.1; needs a mask_decoder_depth)"
+    )
+    reconstruction_target: str = option("noisy", "what they are compared with: noisy or clean")
 
 
 @dataclass
@@ -103,9 +157,11 @@ class TrainConfig:
         metadata={"help": "fields of ModelConfig to change: model_options.capacity_factor=1.0"},
     )
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     router_loss: RouterLossConfig = field(default_factory=RouterLossConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     steps: int = option(1000, "optimizer steps")
@@ -113,8 +169,6 @@ class TrainConfig:
     batch_size: int = option(64, "images a step")
     accumulate: int = option(1, "micro-batches a step; the step equals that of the whole batch")
     condition_dropout: float = option(0.1, "share of labels or captions replaced by the null one")
-    text_max_length: int = option(64, "bytes of a caption, with the two end marks")
-    text_depth: int = option(2, "layers of the byte-level text encoder")
     ema_decay: float = option(0.9999, "decay of the averaged weights that sampling uses")
     seed: int = option(0, "of weights, data order, noise and samples")
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
@@ -142,7 +196,7 @@ class TrainConfig:
         _choose("sampling.sampler", self.sampling.sampler, samplers[self.objective.kind])
         _choose("precision", self.precision, ("auto", "fp32", "bf16"))
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every",
-                     "keep_checkpoints", "text_depth"):  # fmt: skip
+                     "keep_checkpoints"):  # fmt: skip
             _at_least(name, getattr(self, name), 1)
         for name in ("stop_at", "sample_every", "seed"):
             _at_least(name, getattr(self, name), 0)
@@ -151,12 +205,16 @@ class TrainConfig:
         _between("ema_decay", self.ema_decay, 0, 1)
         _between("optimizer.lr", self.optimizer.lr, 0, math.inf)
         self._check_sampling()
+        self._check_masking()
+        self._check_text()
         if not self.data.name:
             raise ValueError('data.name is empty; expected "digits", "digit-scenes" or a folder.')
         if self.objective.logit_std <= 0:
             raise ValueError(f"objective.logit_std={self.objective.logit_std}; expected above 0.")
         for name in ("balance", "z", "similarity"):
             _between(f"router_loss.{name}", getattr(self.router_loss, name), 0, math.inf)
+        for name, coefficient in self.router_loss.own.items():
+            _between(f"router_loss.own.{name}", coefficient, 0, math.inf)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}; "
@@ -175,6 +233,41 @@ class TrainConfig:
                 'a pool, so accumulation would not equal the large batch. Use group "image".'
             )
         return self
+
+    def _check_text(self) -> None:
+        text = self.text
+        _choose("text.dtype", text.dtype, ("auto", "fp32", "bf16", "fp16"))
+        _choose("text.projection", text.projection, ("none", "linear"))
+        _choose("text.null", text.null, ("empty", "zeros", "learned"))
+        _at_least("text.depth", text.depth, 1)
+        _at_least("text.max_length", 2 if text.max_length is None else text.max_length, 2)
+        if text.layer is not None and text.layer > -1:
+            raise ValueError(
+                f"text.layer={text.layer}; expected -1 (the last), -2 and so on, or null."
+            )
+        for name in ("encoder", "cache", "revision"):
+            if not getattr(text, name):
+                raise ValueError(f"text.{name} is empty; leave it out for its default.")
+
+    def _check_masking(self) -> None:
+        masking = self.masking
+        _choose("masking.reconstruction_target", masking.reconstruction_target, ("noisy", "clean"))
+        _between("masking.reconstruction", masking.reconstruction, 0, math.inf)
+        if not 0 <= masking.ratio < 1:
+            raise ValueError(f"masking.ratio={masking.ratio}; expected at least 0 and below 1.")
+        if not 0 < masking.unmask_from <= 1:
+            raise ValueError(
+                f"masking.unmask_from={masking.unmask_from}; expected above 0 and at most 1."
+            )
+        if not masking.ratio and masking != MaskingConfig():
+            raise ValueError(
+                f"masking.ratio=0 hides nothing and {masking} has no effect; set masking.ratio."
+            )
+        if not masking.reconstruction and masking.reconstruction_target != "noisy":
+            raise ValueError(
+                f"masking.reconstruction_target={masking.reconstruction_target!r} has no effect "
+                "with masking.reconstruction=0."
+            )
 
     def _check_sampling(self) -> None:
         sampling, evaluation = self.sampling, self.evaluation

@@ -54,10 +54,14 @@ def _layers(omegaconf: Any, file: str | Path | None, overrides: Sequence[str]) -
     yield omegaconf.OmegaConf.from_dotlist(list(overrides))
 
 
+# Dictionaries, whose names are checked when the model is built.
+_OPEN_GROUPS = ("model_options.", "router_loss.own.")
+
+
 def _explain(error: Any) -> str:
     key = getattr(error, "full_key", None) or str(getattr(error, "key", ""))
     known = [name for name, _, _ in fields_of(TrainConfig())]
-    if key and key not in known and key.split(".")[0] != "model_options":
+    if key and key not in known and not key.startswith(_OPEN_GROUPS):
         close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
         hint = f"; close names: {', '.join(close)}" if close else ""
         return (
@@ -79,7 +83,7 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 # Fields that may differ when a run goes on: they do not change the steps that follow.
 _FREE_FIELDS = (
     "name", "run_dir", "stop_at", "device", "log_every", "sample_every", "save_every",
-    "keep_checkpoints", "data.num_workers",
+    "keep_checkpoints", "data.num_workers", "data.vae", "text.cache",
 )  # fmt: skip
 _FREE_GROUPS = ("sampling.", "evaluation.")
 
@@ -87,17 +91,26 @@ _FREE_GROUPS = ("sampling.", "evaluation.")
 def differing_fields(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """What keeps a run with the fields ``saved`` from going on with ``config``, a line each.
 
-    ``saved`` maps dotted names to values. With a constant schedule ``steps`` may differ: it only
-    says where the run ends.
+    ``saved`` maps dotted names to values. With a constant schedule, and where no stage of training
+    begins at a share of the run, ``steps`` may differ: it only says where the run ends.
     """
     different = []
+    # A field that the saved run does not know was added later, and its default changes nothing.
+    saved = {name: value for name, value, _ in fields_of(TrainConfig())} | saved
     for name, value, _ in fields_of(config):
-        if name in _FREE_FIELDS or name.startswith(_FREE_GROUPS) or saved.get(name) == value:
+        if name in _FREE_FIELDS or name.startswith(_FREE_GROUPS) or saved[name] == value:
             continue
-        if name == "steps" and config.optimizer.schedule == "constant":
+        if name == "steps" and _steps_only_end(config):
             continue
-        different.append(f"{name}: {saved.get(name)!r} before, {value!r} now")
+        different.append(f"{name}: {saved[name]!r} before, {value!r} now")
     return different
+
+
+def _steps_only_end(config: TrainConfig) -> bool:
+    """Whether ``steps`` says where a run ends and changes nothing before."""
+    routing = config.model_options.get("routing_options") or {}
+    staged = config.masking.unmask_from < 1 or routing.get("capacity_by_stage")
+    return config.optimizer.schedule == "constant" and not staged
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -19,10 +19,11 @@ class ModelCount:
 
     Attributes:
         trainable: parameters that training changes.
-        frozen: values of the fixed position table.
+        frozen: values of the fixed position table that is added to the patches.
         total: their sum, as the papers count.
         activated: total minus the experts that a token does not use. Token choice uses K of E;
-            expert choice ``capacity_factor`` of E on average, as the capacity would be unrounded.
+            expert choice ``capacity_factor`` of E on average, as the capacity would be unrounded
+            (with schedules: in the last stage, at the mean over the noise levels).
         macs: multiply-accumulates of all matrix products for one image, without the attention's
             score and value products: what the DiT-MoE paper prints as Gflops.
         macs_with_attention: the same with those products.
@@ -57,7 +58,7 @@ def count_model(model: DiT, text_len: int = DEFAULT_TEXT_LEN) -> ModelCount:
     """Count a built model (the meta device is enough) for one image of ``config.image_size``."""
     config = model.config
     trainable = sum(parameter.numel() for parameter in model.parameters())
-    frozen = model.pos_embed.numel()
+    frozen = 0 if model.pos_embed is None else model.pos_embed.numel()
     total = trainable + frozen
     size = config.image_size
     return ModelCount(
@@ -73,9 +74,10 @@ def count_model(model: DiT, text_len: int = DEFAULT_TEXT_LEN) -> ModelCount:
 def unused_expert_parameters(model: DiT) -> Fraction:
     """Parameters of the experts that one token does not use, over all layers."""
     config = model.config
-    used = Fraction(config.top_k or config.capacity_factor)
     unused = Fraction(0)
-    for index in config.moe_blocks:
+    for moe_layer, index in enumerate(config.moe_blocks):
+        options = config.own_routing_options
+        used = config.routing_idea.experts_per_token(config, options, moe_layer)
         moe = model.blocks[index].ffn
         assert isinstance(moe, mk.MoE)
         held = sum(parameter.numel() for parameter in moe.experts.parameters())
@@ -119,28 +121,20 @@ def count_macs(
         keys = seq_len + (text_len if config.text_dim else 0)
         total += config.depth * 2 * seq_len * keys * size
     dense_blocks = config.depth - len(config.moe_blocks)
-    total += dense_blocks * seq_len * 2 * size * config.intermediate_size
-    for _ in config.moe_blocks:
-        total += _moe_macs(config, seq_len)
+    dense_matrices = 3 if config.mlp_activation == "swiglu" else 2
+    total += dense_blocks * seq_len * dense_matrices * size * config.intermediate_size
+    for moe_layer in range(len(config.moe_blocks)):
+        total += _moe_macs(config, moe_layer, seq_len)
     return total
 
 
-def _moe_macs(config: ModelConfig, seq_len: int) -> int:
+def _moe_macs(config: ModelConfig, moe_layer: int, seq_len: int) -> int:
     """Of one MoE layer."""
+    routing, options = config.routing_idea, config.own_routing_options
     size = config.hidden_size
     matrices = 3 if config.expert_activation == "swiglu" else 2
-    if config.family == "dit_moe":
-        expert_rows = seq_len * config.top_k
-    else:
-        capacity = mk.expert_capacity(
-            seq_len,
-            config.num_experts,
-            config.capacity_factor,
-            rounding=config.rounding,
-            multiple_of=config.capacity_multiple_of,
-        )
-        expert_rows = config.num_experts * capacity
-    router = seq_len * size * config.num_experts
-    experts = expert_rows * matrices * size * config.intermediate_size
+    expert_rows = routing.rows_per_image(config, options, moe_layer, seq_len)
+    router = routing.router_macs(config, seq_len)
+    experts = expert_rows * matrices * size * config.expert_intermediate_size
     shared = seq_len * matrices * size * config.shared_intermediate_size
     return router + experts + shared

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-import moe_kernels as mk
 from dit_models.backbone import DiT
 from dit_models.dit import dense_ffn
 from dit_models.model_config import ModelConfig
@@ -16,19 +15,11 @@ def dit_moe_ffn(config: ModelConfig, block_index: int, **factory: Any) -> nn.Mod
 
     In the published models every block is MoE: bias-free SwiGLU experts of width 4 D, one shared
     SwiGLU expert of width 2 D, softmax over the experts, top 2, weights not renormalised.
+    ``config.routing`` may name another way in which tokens choose.
     """
     if block_index not in config.moe_blocks:
         return dense_ffn(config, **factory)
-    router = mk.TokenChoiceRouter(
-        config.hidden_size,
-        config.num_experts,
-        top_k=config.top_k,
-        affinity=config.affinity,
-        normalize=config.normalize,
-        scale=config.routing_scale,
-        **factory,
-    )
-    return moe_ffn(config, router, **factory)
+    return moe_ffn(config, block_index, **factory)
 
 
 def build_dit_moe(config: ModelConfig, **factory: Any) -> DiT:

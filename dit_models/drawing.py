@@ -48,9 +48,10 @@ class Artist:
         model: usually the averaged weights, in eval mode.
         objective: what it was trained with.
         sampling: sampler, steps and guidance.
-        image_shape: (C, H, W).
+        image_shape: (C, H, W) of what the model draws: an image, or latents.
         device: where it runs.
         autocast: makes the precision context of each call.
+        decode: makes images (n, C, H, W) of latents; None where the model draws pixels.
     """
 
     model: ConditionedModel
@@ -59,6 +60,7 @@ class Artist:
     image_shape: tuple[int, int, int]
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def draw(
         self,
@@ -77,10 +79,12 @@ class Artist:
             callback: see ``dit_models.diffusion.generate``.
 
         Returns:
-            (n, C, H, W) float32 on the CPU, in [-1, 1].
+            images (n, C, H, W) float32 on the CPU, in [-1, 1]; latents, as they are, where the
+            model draws latents and ``decode`` is None.
 
         Raises:
-            ValueError: when prompts and seeds differ in number.
+            ValueError: when prompts and seeds differ in number, or without the VAE of a model of
+                latents.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds; give one for each.")
@@ -104,7 +108,14 @@ class Artist:
                 clip_range=self.sampling.clip_range,
                 callback=callback,
             )
-        return images.clamp(-1, 1).cpu()
+            if self.decode is not None:
+                images = self.decode(images)
+        return images.clamp(-1, 1).cpu() if self.draws_pixels else images.cpu()
+
+    @property
+    def draws_pixels(self) -> bool:
+        """Whether ``draw`` returns images, and not the latents of a VAE that nobody named."""
+        return self.decode is not None or self.image_shape[0] in (1, 3)
 
     def _predict(self, x: Tensor, timesteps: Tensor, **condition: Tensor) -> DiTOutput:
         with self.autocast():

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import nn
 
-import moe_kernels as mk
 from dit_models.backbone import DiT
 from dit_models.dit import dense_ffn
 from dit_models.model_config import ModelConfig
@@ -15,23 +14,12 @@ def ec_dit_ffn(config: ModelConfig, block_index: int, **factory: Any) -> nn.Modu
     """FFN of block ``block_index`` (from 0): each expert takes its C = S f_c / E best tokens.
 
     The affinity is a softmax over the experts and the routing weight is its raw value. A token
-    that no expert takes gets exactly 0 from the FFN.
+    that no expert takes gets exactly 0 from the FFN. ``config.routing`` may name another way in
+    which experts choose.
     """
     if block_index not in config.moe_blocks:
         return dense_ffn(config, **factory)
-    router = mk.ExpertChoiceRouter(
-        config.hidden_size,
-        config.num_experts,
-        capacity_factor=config.capacity_factor,
-        group=config.group,
-        affinity=config.affinity,
-        normalize=config.normalize,
-        scale=config.routing_scale,
-        rounding=config.rounding,
-        multiple_of=config.capacity_multiple_of,
-        **factory,
-    )
-    return moe_ffn(config, router, **factory)
+    return moe_ffn(config, block_index, **factory)
 
 
 def build_ec_dit(config: ModelConfig, **factory: Any) -> DiT:

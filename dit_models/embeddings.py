@@ -102,13 +102,20 @@ class PatchEmbedder(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Sinusoids of the timestep through Linear-SiLU-Linear, (B,) -> (B, D).
 
-    [cos(t f_i), sin(t f_i)] with f_i = exp(-ln(10000) i / 128), i = 0..127, and
-    t = ``time_scale`` times the given timestep.
+    [cos(t f_i), sin(t f_i)] with f_i = exp(-ln(10000) i / (128 - s)), i = 0..127,
+    t = ``time_scale`` times the given timestep, and s = ``frequency_shift``.
     """
 
-    def __init__(self, hidden_size: int, time_scale: float = 1.0, **factory: Any) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        time_scale: float = 1.0,
+        frequency_shift: int = 0,
+        **factory: Any,
+    ) -> None:
         super().__init__()
         self.time_scale = time_scale
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(
             nn.Linear(NUM_FREQUENCIES, hidden_size, **factory),
             nn.SiLU(),
@@ -120,7 +127,7 @@ class TimestepEmbedder(nn.Module):
         """(B,) timesteps -> (B, 256) fp32."""
         half = NUM_FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        frequencies = torch.exp(steps * (-math.log(10000.0) / half))
+        frequencies = torch.exp(steps * (-math.log(10000.0) / (half - self.frequency_shift)))
         angles = (timesteps.float() * self.time_scale)[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 

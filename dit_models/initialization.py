@@ -6,13 +6,13 @@ EMBEDDING_STD = 0.02
 
 
 def reset_layers(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases on each ``nn.Linear`` inside, unit LayerNorms."""
+    """Xavier-uniform weights and zero biases on each ``nn.Linear`` inside, unit norms."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.LayerNorm):
+        elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
             layer.reset_parameters()
 
 

@@ -69,13 +69,14 @@ def count_preset(name_or_config: str | ModelConfig) -> ModelCount:
 def table(names: Sequence[str]) -> str:
     """A text table of the named presets, one a line."""
     columns = ("total M", "activated M", "GMACs", "+attention", "bf16", "training")
-    lines = [f"{'model':<20}" + "".join(f"{column:>13}" for column in columns)]
+    width = max(20, *map(len, names))
+    lines = [f"{'model':<{width}}" + "".join(f"{column:>13}" for column in columns)]
     for name in names:
         count = count_preset(name)
         macs = (f"{value / 1e9:.2f}" for value in (count.macs, count.macs_with_attention))
         sizes = (_bytes(value) for value in (count.bf16_bytes, count.training_bytes))
         cells = (f"{count.total / 1e6:.2f}", f"{count.activated / 1e6:.2f}", *macs, *sizes)
-        lines.append(f"{name:<20}" + "".join(f"{cell:>13}" for cell in cells))
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
 
 

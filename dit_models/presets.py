@@ -124,6 +124,19 @@ _MOE_TINY = replace(
     expert_activation="swiglu",
     shared_ratio=2.0,
 )
+# Nucleus-Image's router: capacity rounded up, weights of a token that sum to 2.5, a shared expert
+_DECOUPLED_TINY = replace(
+    _EC_TINY,
+    routing="decoupled",
+    rounding="ceil",
+    normalize="per_token",
+    routing_scale=2.5,
+    shared_ratio=2.0,
+)
+_DIFFMOE_TINY = replace(_EC_TINY, routing="diffmoe")
+_RACE_TINY = replace(_EC_TINY, routing="expert_race", affinity="identity")
+# The bias is added to sigmoid affinities, as in the paper: softmax ones shrink with E.
+_LOSS_FREE_TINY = replace(_MOE_TINY, routing="loss_free", affinity="sigmoid", normalize="per_token")
 # 32 x 32 colour images with captions: 64 tokens
 _EC_TINY_TEXT = replace(
     _EC_TINY,
@@ -155,4 +168,8 @@ PRESETS: dict[str, ModelConfig] = {
     "DiT-MoE-tiny": _MOE_TINY,
     "EC-DiT-tiny": _EC_TINY,
     "EC-DiT-tiny-text": _EC_TINY_TEXT,
+    "EC-DiT-tiny-decoupled": _DECOUPLED_TINY,
+    "EC-DiT-tiny-diffmoe": _DIFFMOE_TINY,
+    "EC-DiT-tiny-race": _RACE_TINY,
+    "DiT-MoE-tiny-loss-free": _LOSS_FREE_TINY,
 }

@@ -45,6 +45,35 @@ def digits_token_choice() -> TrainConfig:
     return config
 
 
+def digits_decoupled() -> TrainConfig:
+    """Expert choice by timestep and unmodulated token, with a shared expert (Nucleus-Image)."""
+    config = digits()
+    config.name, config.model = "digits-decoupled", "EC-DiT-tiny-decoupled"
+    return config
+
+
+def digits_diffmoe() -> TrainConfig:
+    """Experts that choose from the whole batch, with a capacity predictor (DiffMoE)."""
+    config = digits()
+    config.name, config.model = "digits-diffmoe", "EC-DiT-tiny-diffmoe"
+    return config
+
+
+def digits_expert_race() -> TrainConfig:
+    """Best token-expert pairs of the batch, similarity loss, layer heads (Expert Race)."""
+    config = digits()
+    config.name, config.model = "digits-expert-race", "EC-DiT-tiny-race"
+    config.router_loss = RouterLossConfig(similarity=1e-4)
+    return config
+
+
+def digits_loss_free() -> TrainConfig:
+    """DiT-MoE-tiny balanced by a selection bias instead of a loss (arXiv 2408.15664)."""
+    config = digits()
+    config.name, config.model = "digits-loss-free", "DiT-MoE-tiny-loss-free"
+    return config
+
+
 def digits_dense() -> TrainConfig:
     """The dense DiT-tiny on the same digits."""
     config = digits()
@@ -67,8 +96,9 @@ def digit_scenes() -> TrainConfig:
     config = digits()
     config.name, config.model = "digit-scenes", "EC-DiT-tiny-text"
     config.data = DataConfig(name="digit-scenes")
+    config.text.max_length = 64  # the longest caption has 40 bytes
     config.steps = 6000
-    config.optimizer.lr = 5e-3
+    config.optimizer.lr = 2e-3
     config.condition_dropout = 0.1
     config.sampling.guidance_scale = 1.5
     config.evaluation = EvaluationConfig(guidance_scales=[1.0, 1.5, 2.5])
@@ -95,13 +125,16 @@ def captions() -> TrainConfig:
     config = images()
     config.name, config.model = "captions", "EC-DiT-tiny-text"
     config.data.flip = False  # "left of" would become wrong
-    config.text_max_length = 128
     return config
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
     "digits-token-choice": digits_token_choice,
+    "digits-decoupled": digits_decoupled,
+    "digits-diffmoe": digits_diffmoe,
+    "digits-expert-race": digits_expert_race,
+    "digits-loss-free": digits_loss_free,
     "digits-dense": digits_dense,
     "digits-ddpm": digits_ddpm,
     "digit-scenes": digit_scenes,

@@ -1,11 +1,13 @@
 """The folder of a run: where things are, and how to load its averaged model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from dit_models.assemble import (
     autocast_for,
@@ -26,6 +28,8 @@ from dit_models.config_io import load_config
 from dit_models.data import DatasetInfo
 from dit_models.drawing import Artist
 from dit_models.metrics import METRICS_NAME
+from dit_models.pretrained import is_pretrained, load_pretrained, read_pretrained
+from dit_models.vae import decoder_of
 
 try:
     import fcntl
@@ -36,6 +40,10 @@ CONFIG_NAME = "config.yaml"
 INFO_NAME = "data.json"
 SUMMARY_NAME = "summary.json"
 _LOCK_NAME = ".lock"
+NEEDS_VAE = (
+    "this model draws latents of {channels} channels, and its folder names no VAE: sample with "
+    "--vae FOLDER, or convert the weights with --vae FOLDER."
+)
 
 
 def run_dir_of(config: TrainConfig) -> Path:
@@ -109,12 +117,14 @@ def load_info(run_dir: Path) -> DatasetInfo:
 
 
 def load_run(run_dir: Path, device: str = "auto") -> LoadedRun:
-    """Load the averaged weights of a run's newest checkpoint.
+    """Load the averaged weights of a run's newest checkpoint, or an exported or converted model.
 
     Raises:
-        ValueError: when the folder is not that of a run.
+        ValueError: when the folder is not that of a run or model.
         CheckpointError: without a checkpoint, or when it is damaged.
     """
+    if is_pretrained(run_dir):
+        return _load_model_folder(run_dir, device)
     config = with_defaults(load_config(run_dir / CONFIG_NAME))
     checkpoints = list_checkpoints(checkpoint_folder(run_dir))
     if not checkpoints:
@@ -131,5 +141,35 @@ def load_run(run_dir: Path, device: str = "auto") -> LoadedRun:
         (info.channels, info.image_size, info.image_size),
         target,
         partial(autocast_for, config.precision, target),
+        decoder_of(info.vae, config.data.vae, target),
     )
     return LoadedRun(artist, config, info, step)
+
+
+def _load_model_folder(folder: Path, device: str) -> LoadedRun:
+    described = read_pretrained(folder)
+    config, info = with_defaults(described.train), described.info
+    target = pick_device(device)
+    # Processors compute in fp16 slowly, and some not at all.
+    dtype = torch.float32 if target.type == "cpu" else None
+    artist = Artist(
+        load_pretrained(folder, target, dtype),
+        build_objective(config.objective),
+        config.sampling,
+        (info.channels, info.image_size, info.image_size),
+        target,
+        partial(autocast_for, config.precision, target),
+        decoder_of(info.vae, config.data.vae, target) or _refusal_of_latents(info.channels),
+    )
+    return LoadedRun(artist, config, info, described.step)
+
+
+def _refusal_of_latents(channels: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What stands in for the VAE of converted weights, whose VAE nobody named."""
+    if channels in (1, 3):
+        return None
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        raise ValueError(NEEDS_VAE.format(channels=latents.shape[1]))
+
+    return decode

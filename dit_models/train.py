@@ -40,6 +40,7 @@ from dit_models.run_folder import (
     run_lock,
     save_info,
 )
+from dit_models.text import PretrainedText
 from dit_models.trainer import Stopwatch, Trainer, TrainingDiverged
 
 _GRID_COLUMNS = 10
@@ -83,6 +84,8 @@ def _train_locked(config: TrainConfig, run_dir: Path) -> int:
         f"{count.activated / 1e6:.2f} M activated; {trainer.device}, "
         f"{torch.get_num_threads()} threads."
     )
+    if trainer.why_no_samples:
+        print(f"Training without sample grids: {trainer.why_no_samples}")
     try:
         with StopRequest() as stop:
             _loop(trainer, log, stop)
@@ -196,7 +199,9 @@ def _require_finite(trainer: Trainer, values: dict[str, Any]) -> None:
 
 
 def _save_samples(trainer: Trainer, path: Path, guidance_scale: float | None = None) -> None:
-    """Draw the grid of fixed prompts from fixed noise."""
+    """Draw the grid of fixed prompts from fixed noise, where this machine can."""
+    if trainer.why_no_samples:
+        return
     config = trainer.config
     prompts = example_prompts(trainer.info, config.data, config.sampling.grid_images)
     seeds = list(range(len(prompts)))
@@ -211,7 +216,8 @@ def _finish(trainer: Trainer) -> None:
     config, run_dir = trainer.config, trainer.run_dir
     figures: dict[str, Any] = {}
     if config.evaluation.enabled:
-        reason = why_not_evaluated(config.data.name, trainer.info.image_size)
+        reason = trainer.why_no_samples
+        reason = reason or why_not_evaluated(config.data.name, trainer.info.image_size)
         if reason is None:
             print(f"Evaluating {config.evaluation.num_samples} samples at each guidance scale:")
             figures = evaluate(trainer.artist(), config.data.name, config.evaluation)
@@ -242,11 +248,18 @@ def _finish(trainer: Trainer) -> None:
             "moe_kernels": moe_kernels.__version__,
         },
     }
+    if isinstance(encoder, PretrainedText) and encoder.frozen.cache is not None:
+        cache = encoder.frozen.cache
+        summary["text_cache"] = {
+            "hits": cache.hits, "misses": cache.misses, "damaged": cache.damaged
+        }  # fmt: skip
     write_text(run_dir / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     _print_summary(run_dir)
 
 
 def _save_routing(trainer: Trainer) -> None:
+    if trainer.why_no_samples:
+        return
     prompts = example_prompts(trainer.info, trainer.config.data, 8)
     record = record_routing(trainer.artist(), prompts, list(range(8)))
     if record is not None:
@@ -271,10 +284,16 @@ def _print_summary(run_dir: Path) -> None:
               f"(real against real {summary['frechet_floor']:.3f}; not FID)")  # fmt: skip
     print(f"speed              {summary['steps_per_second']:.2f} steps/s, "
           f"{summary['steps']} steps, {summary['wall_seconds']:.0f} s in all")  # fmt: skip
-    print(f"samples            {run_dir / 'samples.png'}")
-    for name in ("expert_load.png", "experts_per_token.png"):
+    for what, name in (
+        ("samples", "samples.png"),
+        ("routing", "expert_load.png"),
+        ("routing", "experts_per_token.png"),
+    ):
         if (run_dir / name).exists():
-            print(f"routing            {run_dir / name}")
+            print(f"{what:<19}{run_dir / name}")
+    if "text_cache" in summary:
+        print("text cache         {hits} captions found, {misses} encoded, {damaged} damaged files"
+              .format(**summary["text_cache"]))  # fmt: skip
     print(f"all figures        {run_dir / SUMMARY_NAME}")
 
 

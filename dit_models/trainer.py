@@ -1,16 +1,15 @@
 """The training loop: one object that knows a run's state and can stop and go on exactly."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import moe_kernels as mk
 from dit_models.assemble import (
     autocast_for,
     build_conditioned_model,
@@ -27,15 +26,38 @@ from dit_models.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
-from dit_models.conditioned import NULL_CAPTION
 from dit_models.config import TrainConfig
 from dit_models.config_io import differing_fields, fields_of
-from dit_models.data import Batch, BatchLoader, CaptionFolderDataset, build_dataset
+from dit_models.data import (
+    Batch,
+    BatchLoader,
+    CaptionFolderDataset,
+    ImageDataset,
+    LatentDataset,
+    build_dataset,
+)
+from dit_models.data.base import pad_rows
 from dit_models.drawing import Artist
 from dit_models.ema import EMA
+from dit_models.masking import (
+    check_masking,
+    draw_kept_tokens,
+    kept_pixels,
+    reconstruction_loss,
+)
 from dit_models.optimization import build_optimizer, learning_rate, set_learning_rate
 from dit_models.rng import get_rng_state, set_rng_state
+from dit_models.router_losses import (
+    check_accumulation,
+    layer_head_losses,
+    own_coefficients,
+    router_losses,
+    routing_telemetry,
+)
+from dit_models.routing.layers import set_progress, update_routers
 from dit_models.run_folder import checkpoint_folder
+from dit_models.text import NULL_CAPTION, ByteTextEncoder, PretrainedText, TextFeatures
+from dit_models.vae import decoder_of, why_no_vae
 
 
 class TrainingDiverged(RuntimeError):
@@ -51,6 +73,8 @@ class Draws:
     timesteps: Tensor
     labels: Tensor | None
     captions: list[str] | None
+    text: TextFeatures | None = None  # instead of captions, where the data hold it encoded
+    kept_tokens: Tensor | None = None  # (B, K) int64 of masked training
 
     def split(self, parts: int) -> list["Draws"]:
         """``parts`` micro-batches of equal size."""
@@ -64,6 +88,8 @@ class Draws:
             self.timesteps[where],
             None if self.labels is None else self.labels[where],
             None if self.captions is None else self.captions[where],
+            None if self.text is None else self.text.part(where),
+            None if self.kept_tokens is None else self.kept_tokens[where],
         )
 
 
@@ -94,10 +120,13 @@ class Trainer:
         self.loader = BatchLoader(
             self.dataset, config.batch_size, config.seed, config.data.num_workers
         )
-        if isinstance(self.dataset, CaptionFolderDataset):
-            _check_caption_lengths(self.dataset.captions, config.text_max_length)
         torch.manual_seed(config.seed)
         self.model = build_conditioned_model(config, self.info, self.device)
+        if isinstance(self.model.text_encoder, ByteTextEncoder):
+            _check_caption_lengths(self.dataset, self.model.text_encoder.max_length)
+        check_masking(config.masking, self.model.backbone.config)
+        check_accumulation(config.accumulate, self.model.backbone.config)
+        self._own_losses = own_coefficients(config.router_loss, self.model.backbone.config)
         self.model.backbone.gradient_checkpointing = config.gradient_checkpointing
         self.objective = build_objective(config.objective)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
@@ -130,7 +159,16 @@ class Trainer:
             (self.info.channels, self.info.image_size, self.info.image_size),
             self.device,
             partial(autocast_for, self.config.precision, self.device),
+            decoder_of(self.info.vae, self.config.data.vae, self.device),
         )
+
+    @cached_property
+    def why_no_samples(self) -> str | None:
+        """Why this run cannot draw images here, although it can train; ``None`` when it can."""
+        if reason := why_no_vae(self.info.vae, self.config.data.vae):
+            return reason
+        encoder = self.model.text_encoder
+        return encoder.frozen.why_missing() if isinstance(encoder, PretrainedText) else None
 
     def train_step(self, with_routing: bool = True) -> dict[str, float | Tensor]:
         """Do one optimizer step.
@@ -142,12 +180,17 @@ class Trainer:
             Values for the log; tensors are still on the device, so that a step does not wait.
         """
         self.model.train()
-        micro_batches = self._draw(next(self.loader)).split(self.config.accumulate)
+        progress = self.step / self.config.steps
+        set_progress(self.model.backbone, progress)
+        draws = self._masked(self._draw(next(self.loader)))
+        micro_batches = draws.split(self.config.accumulate)
         counts = self._count_tokens_per_expert(micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
+        observed = []
         for micro_batch in micro_batches:
-            losses = self._losses(micro_batch, counts, with_routing)
+            losses, seen = self._losses(micro_batch, counts, with_routing)
+            observed.append(seen)
             (losses["loss"] / len(micro_batches)).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
@@ -156,8 +199,10 @@ class Trainer:
         limit = self.config.optimizer.clip_norm or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
+        update_routers(self.model.backbone, observed)
         self.step += 1
         self.ema.update(self.model, self.step)
+        set_progress(self.ema.model.backbone, progress)
         return {**totals, "grad_norm": grad_norm.detach(), "lr": rate}
 
     def _draw(self, batch: Batch) -> Draws:
@@ -166,54 +211,83 @@ class Trainer:
         timesteps = self.objective.sample_timesteps(count, self.generator, self.device)
         noise = torch.randn(images.shape, generator=self.generator).to(self.device)
         dropped = torch.rand(count, generator=self.generator) < self.config.condition_dropout
-        labels = captions = None
+        labels = captions = text = None
         if self.model.backbone.config.num_classes:
             assert batch.labels is not None
             null_class = self.model.backbone.config.num_classes
             labels = torch.where(dropped, null_class, batch.labels).to(self.device)
+        elif batch.text is not None and isinstance(self.model.text_encoder, PretrainedText):
+            text = self._stored_text(batch, dropped)
         else:
             assert batch.captions is not None
             captions = [
                 NULL_CAPTION if drop else caption
                 for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)
             ]
-        return Draws(images, noise, timesteps, labels, captions)
+        return Draws(images, noise, timesteps, labels, captions, text)
+
+    def _stored_text(self, batch: Batch, dropped: Tensor) -> TextFeatures:
+        """Text features of the data, with those of the null caption where it is dropped."""
+        assert isinstance(self.dataset, LatentDataset)
+        assert self.dataset.null_text is not None
+        assert batch.text is not None
+        assert batch.text_mask is not None
+        assert batch.captions is not None
+        empty = torch.tensor([caption == NULL_CAPTION for caption in batch.captions])
+        null, null_mask = pad_rows([self.dataset.null_text], batch.text.shape[1])
+        features = torch.where(dropped[:, None, None], null, batch.text)
+        mask = torch.where(dropped[:, None], null_mask, batch.text_mask)
+        return TextFeatures(features, mask, dropped | empty).to(self.device)
+
+    def _masked(self, draws: Draws) -> Draws:
+        """The draws with the tokens that this step keeps, where it hides any."""
+        masking = self.config.masking
+        if not masking.ratio or self.step >= masking.unmask_from * self.config.steps:
+            return draws
+        seq_len = self.model.backbone.config.seq_len
+        kept = draw_kept_tokens(len(draws.images), seq_len, masking.ratio, self.generator)
+        return replace(draws, kept_tokens=kept.to(self.device))
 
     def _losses(
         self, draws: Draws, counts: list[Tensor] | None, with_routing: bool
-    ) -> dict[str, Tensor]:
-        """Mean losses of a micro-batch; ``loss`` is what is minimised."""
+    ) -> tuple[dict[str, Tensor], tuple[Mapping[str, Tensor], ...]]:
+        """Mean losses of a micro-batch (``loss`` is minimised), and what its routers observed."""
         with autocast_for(self.config.precision, self.device):
-            condition = self.model.condition(draws.labels, draws.captions)
+            condition = self.model.condition(draws.labels, draws.captions, draws.text)
+            kept = None
+            if draws.kept_tokens is not None:
+                condition["kept_tokens"] = draws.kept_tokens
+                patch_size = self.model.backbone.config.patch_size
+                kept = kept_pixels(draws.kept_tokens, draws.images, patch_size)
             result = self.objective.loss_at(
-                partial(self.model, **condition), draws.images, draws.noise, draws.timesteps
+                partial(self.model, **condition), draws.images, draws.noise, draws.timesteps, kept
             )
         diffusion = result.loss.mean()
         losses = {"loss": diffusion, "diffusion_loss": diffusion}
+        masking = self.config.masking
+        if kept is not None and masking.reconstruction:
+            target = draws.images
+            if masking.reconstruction_target == "noisy":
+                target = self.objective.add_noise(draws.images, draws.noise, draws.timesteps)
+            hidden = reconstruction_loss(result.output.sample, target, kept).mean()
+            losses["reconstruction_loss"] = hidden
+            losses["loss"] = losses["loss"] + masking.reconstruction * hidden
+        head_losses = layer_head_losses(
+            result.output,
+            self.objective.target(draws.images, draws.noise),
+            self.model.backbone.config.patch_size,
+            draws.kept_tokens,
+        )
+        router, terms = router_losses(
+            result.output, self.config.router_loss, counts, self._own_losses, head_losses
+        )
+        losses |= router
+        for term in terms:
+            losses["loss"] = losses["loss"] + term
         plans = result.output.plans
-        weights = self.config.router_loss
-        if weights.balance and plans:
-            per_sequence = weights.balance_pool == "sequence"
-            balance = [
-                mk.load_balance_loss(
-                    plan,
-                    per_sequence=per_sequence,
-                    tokens_per_expert=None if counts is None else counts[layer],
-                )
-                for layer, plan in enumerate(plans)
-            ]
-            losses["balance_loss"] = torch.stack(balance).sum()
-            losses["loss"] = losses["loss"] + weights.balance * losses["balance_loss"]
-        if weights.z and plans:
-            losses["z_loss"] = torch.stack([mk.router_z_loss(plan) for plan in plans]).sum()
-            losses["loss"] = losses["loss"] + weights.z * losses["z_loss"]
-        if weights.similarity and plans:
-            similarity = [mk.router_similarity_loss(plan) for plan in plans]
-            losses["similarity_loss"] = torch.stack(similarity).sum()
-            losses["loss"] = losses["loss"] + weights.similarity * losses["similarity_loss"]
         if with_routing and plans:
             losses |= routing_telemetry(plans)
-        return losses
+        return losses, result.output.observed
 
     def _count_tokens_per_expert(self, micro_batches: list[Draws]) -> list[Tensor] | None:
         """Rows of each expert and layer over the whole batch, for the exact balance loss.
@@ -227,7 +301,9 @@ class Trainer:
         counts: list[Tensor] = []
         with torch.no_grad(), autocast_for(self.config.precision, self.device):
             for draws in micro_batches:
-                condition = self.model.condition(draws.labels, draws.captions)
+                condition = self.model.condition(draws.labels, draws.captions, draws.text)
+                if draws.kept_tokens is not None:
+                    condition["kept_tokens"] = draws.kept_tokens
                 noisy = self.objective.add_noise(draws.images, draws.noise, draws.timesteps)
                 plans = self.model(noisy, draws.timesteps.float(), **condition).plans
                 parts = [plan.tokens_per_expert for plan in plans]
@@ -290,13 +366,18 @@ class Trainer:
             )
 
 
-def _check_caption_lengths(captions: Sequence[str], max_length: int) -> None:
+def _check_caption_lengths(dataset: ImageDataset, max_length: int) -> None:
     """Find a caption that is too long now, not hours later when it is drawn."""
-    longest = max(captions, key=lambda caption: len(caption.encode()))
+    if isinstance(dataset, LatentDataset):
+        longest = dataset.longest_caption
+    elif isinstance(dataset, CaptionFolderDataset):
+        longest = max(dataset.captions, key=lambda caption: len(caption.encode()))
+    else:
+        return
     if len(longest.encode()) + 2 > max_length:
         raise ValueError(
-            f"the caption {longest[:40]!r}... has {len(longest.encode())} bytes; text_max_length="
-            f"{max_length} leaves {max_length - 2}. Set text_max_length, or shorten the caption."
+            f"the caption {longest[:40]!r}... has {len(longest.encode())} bytes; text.max_length="
+            f"{max_length} leaves {max_length - 2}. Set text.max_length, or shorten the caption."
         )
 
 
@@ -320,22 +401,3 @@ class Stopwatch:
     def skip(self) -> None:
         """Leave out the time since the last ``lap``: it was spent on something else."""
         self._since = time.perf_counter()
-
-
-def routing_telemetry(plans: Sequence[mk.RoutingPlan]) -> dict[str, Tensor]:
-    """Statistics of every MoE layer (first index), for the log.
-
-    ``router_entropy`` and ``unrouted_fraction`` (layers,); ``expert_load`` and ``mean_prob``
-    (layers, E), shares of rows and mean probabilities; ``experts_per_token`` (layers, E + 1), the
-    share of tokens that 0, 1, ..., E experts took.
-    """
-    stats = [plan.stats for plan in plans]
-    load = torch.stack([each.tokens_per_expert.float() for each in stats])
-    histogram = torch.stack([each.experts_per_token_histogram.float() for each in stats])
-    return {
-        "router_entropy": torch.stack([each.entropy for each in stats]),
-        "unrouted_fraction": torch.stack([each.unrouted_fraction for each in stats]),
-        "expert_load": load / load.sum(1, keepdim=True),
-        "mean_prob": torch.stack([each.mean_prob for each in stats]),
-        "experts_per_token": histogram / histogram.sum(1, keepdim=True),
-    }

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = {"diffusers", "sklearn", "omegaconf", "matplotlib", "safetensors", "PIL", "tqdm"}
-EXTRAS |= {"tensorboard", "transformers", "triton", "megablocks", "kernels", "timm"}
+EXTRAS |= {"torch_fidelity", "torchvision", "webdataset"}
+EXTRAS |= {"tensorboard", "transformers", "triton", "megablocks", "kernels", "timm", "datasets"}
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:

@@ -4,6 +4,7 @@ from dit_models.data.base import Batch, DatasetInfo, ImageDataset, Sample
 from dit_models.data.build import BUILTIN_DATASETS, build_dataset
 from dit_models.data.digits import DigitDataset
 from dit_models.data.folders import CaptionFolderDataset, ClassFolderDataset
+from dit_models.data.latents import LatentDataset
 from dit_models.data.loader import BatchLoader
 from dit_models.data.scenes import Scene, SceneDataset, SceneObject, parse_caption
 
@@ -16,6 +17,7 @@ __all__ = [
     "DatasetInfo",
     "DigitDataset",
     "ImageDataset",
+    "LatentDataset",
     "Sample",
     "Scene",
     "SceneDataset",

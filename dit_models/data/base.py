@@ -4,9 +4,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 SPLITS = ("train", "heldout", "all")
@@ -18,10 +19,12 @@ class DatasetInfo:
 
     Attributes:
         name: name of the data set, kept in loader states.
-        image_size: height and width in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: height and width in pixels (of latents, where these are the images).
+        channels: 1 (grey) or 3 (RGB), or those of the latents.
         num_classes: number of labels, 0 if there are none.
         has_captions: whether samples carry a caption.
+        vae: fields of the ``VAEInfo`` that images are latents of; None for pixels.
+        text: fields of the ``EncoderSpec`` that captions are already encoded with, if they are.
     """
 
     name: str
@@ -29,28 +32,52 @@ class DatasetInfo:
     channels: int
     num_classes: int
     has_captions: bool
+    vae: dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
 
 
 class Sample(NamedTuple):
-    """One image: (C, height, width) float32 in [-1, 1], label (-1: none), caption ("": none)."""
+    """One image with its conditions.
+
+    Attributes:
+        image: (C, height, width) float32, pixels in [-1, 1] or latents.
+        label: class, -1 where there is none.
+        caption: "" where there is none.
+        text: (n, dim) features of the caption's n tokens, where it is already encoded.
+    """
 
     image: Tensor
     label: int
     caption: str
+    text: Tensor | None = None
 
 
 class Batch(NamedTuple):
     """Stacked samples.
 
     Attributes:
-        images: (B, C, height, width) float32 in [-1, 1].
+        images: (B, C, height, width) float32, pixels in [-1, 1] or latents.
         labels: (B,) int64, or None where the data set has no labels.
         captions: B strings, or None where the data set has no captions.
+        text: (B, max_length, dim) features of encoded captions, zeros at padding, or None.
+        text_mask: (B, max_length) bool, True = a token, or None.
     """
 
     images: Tensor
     labels: Tensor | None
     captions: list[str] | None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+
+
+def pad_rows(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Rows (n_i, dim) with n_i <= ``length`` as (B, length, dim) with zeros, and the mask."""
+    padded = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(length) < lengths[:, None]
+    return padded, mask.to(padded.device)
 
 
 class ImageDataset(Protocol):

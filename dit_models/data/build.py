@@ -10,6 +10,7 @@ from dit_models.data.folders import (
     ClassFolderDataset,
     split_folder,
 )
+from dit_models.data.latents import LatentDataset, is_latents_folder
 from dit_models.data.scenes import SceneDataset
 
 BUILTIN_DATASETS = ("digits", "digit-scenes")
@@ -21,12 +22,13 @@ def build_dataset(
     """Build a data set.
 
     Args:
-        name_or_path: "digits", "digit-scenes", or a folder of images: with ``metadata.jsonl``
-            (captions) or with one sub-folder a class.
+        name_or_path: "digits", "digit-scenes", a folder that ``python -m dit_models.precompute``
+            made, or a folder of images: with ``metadata.jsonl`` (captions) or with one sub-folder
+            a class.
         split: "train", "heldout" or "all"; for a folder the name of a split's sub-folder, and of
             no effect where the folder has none.
         image_size: height and width; None is the built-in data sets' own (16 and 32) and an
-            error for a folder.
+            error for a folder of images; precomputed ones have theirs.
         flip: mirror half of the images (folders only).
 
     Raises:
@@ -47,6 +49,13 @@ def build_dataset(
             f"{name_or_path!r} is neither a built-in data set ({', '.join(BUILTIN_DATASETS)}) "
             "nor a folder"
         )
+    if is_latents_folder(root):
+        if image_size is not None:
+            raise ValueError(
+                f"image_size is {image_size}; that of the precomputed {name_or_path!r} is fixed, "
+                "so leave it out"
+            )
+        return LatentDataset(root, flip)
     if image_size is None:
         raise ValueError(f"image_size is missing; the folder {name_or_path!r} needs one")
     has_captions = (split_folder(root, split) / METADATA_NAME).is_file()

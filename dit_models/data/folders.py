@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,10 +16,15 @@ METADATA_NAME = "metadata.jsonl"
 FOLDER_SPLITS = ("train", "test", "val", "validation", "heldout")
 
 
-def read_image(path: Path, image_size: int) -> Tensor:
+def read_image(path: Path | str, image_size: int, stream: BinaryIO | None = None) -> Tensor:
     """Decode an image, cut its central square and resize that (Lanczos).
 
     The EXIF orientation is applied; an alpha channel is dropped.
+
+    Args:
+        path: the file; with ``stream``, only what errors call it.
+        image_size: height and width of the result.
+        stream: the file's content, where it is not at ``path``.
 
     Returns:
         (3, image_size, image_size) float32 in [-1, 1].
@@ -29,12 +35,15 @@ def read_image(path: Path, image_size: int) -> Tensor:
     image_module = require("PIL.Image", extra="train")
     image_ops = require("PIL.ImageOps", extra="train")
     try:
-        with image_module.open(path) as file:
+        with image_module.open(stream or path) as file:
             mode = file.mode
             image = image_ops.exif_transpose(file)
             image.load()
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode the image {path}: {error}") from error
+        # Pillow's own words name the address of a stream, which no two runs share.
+        unknown = isinstance(error, image_module.UnidentifiedImageError)
+        reason = "its format is not known" if unknown else error
+        raise ValueError(f"cannot decode the image {path}: {reason}") from error
     if mode.startswith(("I", "F")):
         # Pillow would clip these to 255 without a word.
         raise ValueError(f"{path} has mode {mode!r}; convert it to 8 bits a channel first")

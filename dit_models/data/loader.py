@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dit_models.data.base import Batch, DatasetInfo, ImageDataset, Sample
+from dit_models.data.base import Batch, DatasetInfo, ImageDataset, Sample, pad_rows
 
 # The two kinds of random stream under one seed; without a tag, epoch 3 and position 3 would share.
 _ORDER_STREAM, _SAMPLE_STREAM = 0, 1
@@ -18,10 +19,16 @@ _CHECKED_KEYS = ("dataset", "length", "batch_size", "seed")
 
 def collate(samples: list[Sample], info: DatasetInfo) -> Batch:
     """Stack samples into a batch."""
+    text: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if info.text is not None:
+        rows = [sample.text for sample in samples if sample.text is not None]
+        text = pad_rows(rows, info.text["max_length"])
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         labels=torch.tensor([sample.label for sample in samples]) if info.num_classes else None,
         captions=[sample.caption for sample in samples] if info.has_captions else None,
+        text=text[0],
+        text_mask=text[1],
     )
 
 

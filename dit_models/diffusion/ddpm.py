@@ -13,6 +13,7 @@ from dit_models.diffusion.objective import (
     check_images,
     check_noise,
     check_timesteps,
+    image_mean,
     noise_like,
 )
 
@@ -210,7 +211,13 @@ class DDPM:
         return fraction * c.log_beta + (1 - fraction) * c.log_beta_tilde
 
     def variational_bound(
-        self, images: Tensor, noisy: Tensor, timesteps: Tensor, noise: Tensor, raw: Tensor
+        self,
+        images: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        raw: Tensor,
+        pixel_weights: Tensor | None = None,
     ) -> Tensor:
         """(B,) term of the variational bound at each image's timestep, in bits per dimension.
 
@@ -223,13 +230,18 @@ class DDPM:
             timesteps: (B,) int64.
             noise: (B, C, H, W) predicted noise.
             raw: (B, C, H, W) second half of the prediction.
+            pixel_weights: (B, 1, H, W) of 0 and 1; pixels of weight 0 are left out of the mean.
         """
         mean_q, log_var_q = self.posterior(images, noisy, timesteps)
         mean_p, _ = self.posterior(self.predict_data(noisy, noise, timesteps), noisy, timesteps)
         log_var_p = self.log_variance(raw, timesteps)
-        kl = gaussian_kl(mean_q, log_var_q, mean_p, log_var_p).mean(dim=(1, 2, 3))
-        nll = discretized_gaussian_nll(images, mean_p, log_var_p).mean(dim=(1, 2, 3))
+        kl = image_mean(gaussian_kl(mean_q, log_var_q, mean_p, log_var_p), pixel_weights)
+        nll = image_mean(discretized_gaussian_nll(images, mean_p, log_var_p), pixel_weights)
         return torch.where(timesteps == 0, nll, kl) / math.log(2)
+
+    def target(self, images: Tensor, noise: Tensor) -> Tensor:
+        """What the model learns to predict: the noise."""
+        return noise
 
     def loss(
         self,
@@ -260,8 +272,12 @@ class DDPM:
         images: Tensor,
         noise: Tensor,
         timesteps: Tensor,
+        pixel_weights: Tensor | None = None,
     ) -> LossOutput[OutputT]:
-        """``loss`` at given noise (like images) and timesteps (B,) int64, for validation."""
+        """``loss`` at given noise (like images) and timesteps (B,) int64.
+
+        With ``pixel_weights`` (B, 1, H, W), 0 or 1, it is the mean over the pixels of weight 1.
+        """
         check_images(images)
         check_noise(images, noise)
         check_timesteps(timesteps, images.shape[0], integer=True)
@@ -270,10 +286,15 @@ class DDPM:
         channels = images.shape[1]
         prediction = self.prediction(output.sample, channels).to(images.dtype)
         predicted_noise = prediction[:, :channels]
-        loss = (predicted_noise - noise).square().mean(dim=(1, 2, 3))
+        loss = image_mean((predicted_noise - noise).square(), pixel_weights)
         if self.learned_sigma:
             bound = self.variational_bound(
-                images, noisy, timesteps, predicted_noise.detach(), prediction[:, channels:]
+                images,
+                noisy,
+                timesteps,
+                predicted_noise.detach(),
+                prediction[:, channels:],
+                pixel_weights,
             )
             loss = loss + self.vb_weight * self.num_timesteps * bound
         return LossOutput(loss, output, timesteps.float())

@@ -12,6 +12,7 @@ from dit_models.diffusion.objective import (
     check_noise,
     check_timesteps,
     expand_to,
+    image_mean,
     noise_like,
 )
 
@@ -93,6 +94,10 @@ class RectifiedFlow:
         t = expand_to(timesteps, images)
         return (1 - t) * images + t * noise
 
+    def target(self, images: Tensor, noise: Tensor) -> Tensor:
+        """What the model learns to predict: the velocity ``noise - images``."""
+        return noise - images
+
     def loss(
         self,
         denoise: Callable[[Tensor, Tensor], OutputT],
@@ -122,12 +127,16 @@ class RectifiedFlow:
         images: Tensor,
         noise: Tensor,
         timesteps: Tensor,
+        pixel_weights: Tensor | None = None,
     ) -> LossOutput[OutputT]:
-        """``loss`` at given noise (like images) and timesteps (B,) float, for validation."""
+        """``loss`` at given noise (like images) and timesteps (B,) float.
+
+        With ``pixel_weights`` (B, 1, H, W), 0 or 1, it is the mean over the pixels of weight 1.
+        """
         check_images(images)
         check_noise(images, noise)
         check_timesteps(timesteps, images.shape[0], integer=False)
         output = denoise(self.add_noise(images, noise, timesteps), timesteps)
         velocity = self.prediction(output.sample, images.shape[1]).to(images.dtype)
-        loss = (velocity - (noise - images)).square().mean(dim=(1, 2, 3))
+        loss = image_mean((velocity - (noise - images)).square(), pixel_weights)
         return LossOutput(loss, output, timesteps)

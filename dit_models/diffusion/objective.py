@@ -67,6 +67,19 @@ def noise_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return noise.to(images.device)
 
 
+def image_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(B,) mean of values (B, C, H, W), over the pixels where weights (B, 1, H, W) is 1.
+
+    ``None`` is every pixel. An image without such a pixel has the mean 0.
+    """
+    if weights is None:
+        return values.mean(dim=(1, 2, 3))
+    # A hidden patch holds no prediction: 0 times what is not finite there would not be 0.
+    held = torch.where(weights > 0, values, torch.zeros_like(values))
+    count = weights.sum(dim=(1, 2, 3)) * values.shape[1]
+    return held.sum(dim=(1, 2, 3)) / count.clamp(min=1)
+
+
 def expand_to(values: Tensor, images: Tensor) -> Tensor:
     """(B,) values as (B, 1, 1, 1) in the dtype of ``images``."""
     return values.to(images.dtype).view(-1, 1, 1, 1)

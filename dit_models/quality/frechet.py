@@ -1,7 +1,19 @@
 """Fréchet distance between two sets of features, each taken as a Gaussian."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+_ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and unbiased covariance (d, d) of a set of features, in fp64 on the CPU."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -39,20 +51,40 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
             f"features has {features.shape[1]} columns and reference {reference.shape[1]}; "
             "both must come from one feature extractor"
         )
-    mean, covariance = _moments(features)
-    reference_mean, reference_covariance = _moments(reference)
-    cross = torch.linalg.svdvals(_root(covariance) @ _root(reference_covariance)).sum()
-    traces = covariance.trace() + reference_covariance.trace()
-    distance = (mean - reference_mean).square().sum() + traces - 2.0 * cross
+    return frechet_of_moments(moments(features), moments(reference))
+
+
+def frechet_of_moments(first: Moments, second: Moments) -> float:
+    """The distance of ``frechet_distance``, from the moments of both sets.
+
+    Args:
+        first, second: moments of one width d.
+
+    Returns:
+        The distance, at least 0.
+
+    Raises:
+        ValueError: a NaN or infinity, which would else come out as the best distance of all.
+    """
+    for part in (first.mean, first.covariance, second.mean, second.covariance):
+        if not bool(part.isfinite().all()):
+            raise ValueError("the moments hold NaN or infinity; look at what they were made from")
+    cross = torch.linalg.svdvals(_root(first.covariance) @ _root(second.covariance)).sum()
+    traces = first.covariance.trace() + second.covariance.trace()
+    distance = (first.mean - second.mean).square().sum() + traces - 2.0 * cross
     return max(0.0, float(distance))
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and unbiased covariance (d, d) in fp64."""
-    features = features.detach().to("cpu", torch.float64)
-    mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / (features.shape[0] - 1)
+def moments(features: Tensor) -> Moments:
+    """Mean and unbiased covariance of (n, d) features, summed in fp64."""
+    features = features.detach().cpu()
+    count, width = features.shape
+    mean = features.sum(0, dtype=torch.float64) / count
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for rows in features.split(_ROWS_AT_A_TIME):  # a copy of them all in fp64 would be large
+        centred = rows.double() - mean
+        covariance += centred.T @ centred
+    return Moments(mean, covariance / (count - 1))
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def test_help_explains_every_field():
 
 WRONG = {
     "unknown field": (["step=3"], "no field 'step'; close names: steps"),
+    "a loss that is no number": (["router_loss.own.layer_head=x"], "own.layer_head: Value 'x'"),
     "unknown nested field": (["optimizer.learning_rate=3"], "no field 'optimizer.learning_rate'"),
     "type": (["steps=many"], "steps: "),
     "no value": (["steps"], "'steps' is not an override; expected key=value"),

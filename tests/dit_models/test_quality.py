@@ -14,6 +14,7 @@ from dit_models.data.scenes import LAYOUTS
 from dit_models.quality import ReaderSettings, evaluate_digits, evaluate_scenes, frechet_distance
 from dit_models.quality.classifier import ClassifierSettings, digit_classifier, shifted
 from dit_models.quality.digits import stratified_subset
+from dit_models.quality.frechet import Moments, frechet_of_moments, moments
 from dit_models.quality.reader import SceneLogits, read_scenes, scene_reader, scene_targets
 from dit_models.quality.scenes import SceneVerdict, judge, real_scenes
 
@@ -92,6 +93,14 @@ def test_distance_is_symmetric_with_singular_covariances() -> None:
 def test_distance_refuses_bad_input(features: Tensor, reference: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         frechet_distance(features, reference)
+
+
+def test_moments_of_a_file_with_nan_are_no_perfect_distance():
+    good = moments(torch.randn(9, 3))
+    bad = Moments(torch.full((3,), torch.nan, dtype=torch.float64), good.covariance)
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            frechet_of_moments(*pair)
 
 
 # --- digits

@@ -63,12 +63,21 @@ def test_routing_panels_on_request(run_dir, tmp_path):
         assert Image.open(tmp_path / name).size[0] > 100
 
 
+def test_a_panel_of_the_user_is_not_overwritten_either(run_dir, tmp_path, capsys):
+    (tmp_path / "grid_expert_load.png").write_text("mine")
+    assert command(str(run_dir), "--out", str(tmp_path / "grid.png"), "--routing") == 2
+    assert "grid_expert_load.png exists; choose another --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["grid_expert_load.png"]
+    assert (tmp_path / "grid_expert_load.png").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--labels", "10"), "--labels [10]: expected 0 to 9"),
         (("--captions", "a seven"), "this model reads labels"),
         (("--count", "0"), "--count 0"),
+        (("--columns", "0"), "--columns 0"),
         (("--sampler", "ddim"), "ddim"),
         (("--device", "cuda:77"), "cuda:77"),
     ],
@@ -138,7 +147,9 @@ def test_a_dense_model_has_no_routing_to_show(tmp_path):
 
 
 def test_help_of_every_command():
-    for module in ("train", "sample", "evaluate", "models"):
+    commands = ("train", "sample", "evaluate", "models", "analyze", "convert", "export",
+                "precompute", "ablation")  # fmt: skip
+    for module in commands:
         result = subprocess.run(
             [sys.executable, "-m", f"dit_models.{module}", "--help"], capture_output=True, text=True
         )

@@ -359,7 +359,7 @@ def test_captions_that_are_too_long_are_found_at_the_start(tmp_path):
     config = tiny_config(
         tmp_path / "run", f"data.name={folder}", "data.image_size=8", recipe="captions"
     )
-    with pytest.raises(ValueError, match="text_max_length=128 leaves 126"):
+    with pytest.raises(ValueError, match=r"text\.max_length=128 leaves 126"):
         Trainer(config, tmp_path / "run")
 
 

@@ -127,6 +127,14 @@ class ByteTextEncoder(nn.Module):
             x = layer(x, mask)
         return self.norm(x) * mask[:, :, None].to(x.dtype)
 
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, max_length, text_dim) and mask (B, max_length) bool of B captions.
+
+        One length for every batch, so that null captions can stand beside others.
+        """
+        tokens, mask = self.tokenize(captions, pad_to_max=True)
+        return self(tokens, mask), mask
+
     def reset_parameters(self) -> None:
         """Xavier-uniform Linear layers, normal 0.02 on both embeddings."""
         reset_layers(self)
