@@ -297,15 +297,20 @@ def _print_summary(run_dir: Path) -> None:
     print(f"all figures        {run_dir / SUMMARY_NAME}")
 
 
-def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command line's work; expected errors become one line and exit status 1 or 2."""
+def run_command(command: Callable[[], int | None], after_interrupt: str = "") -> None:
+    """Run a command line's work; expected errors become one line and exit status 1 or 2.
+
+    Args:
+        command: the work; returns an exit status.
+        after_interrupt: what a user should know after Ctrl-C.
+    """
     try:
         sys.exit(command() or 0)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"\ninterrupted{after_interrupt}.", file=sys.stderr)
         sys.exit(130)
     except (CheckpointError, TrainingDiverged, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -324,7 +329,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", help="YAML file with fields to change")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
     options = parser.parse_args(arguments)
-    run_command(lambda: train(build_config(options.recipe, options.config, options.overrides)))
+    run_command(
+        lambda: train(build_config(options.recipe, options.config, options.overrides)),
+        "; the same command goes on from the last checkpoint",
+    )
 
 
 if __name__ == "__main__":

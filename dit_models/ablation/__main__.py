@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         least = 2 if name == "samples" else 1  # a covariance needs two
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}; expected at least {least}")
-    run_command(lambda: ablate(options))
+    run_command(lambda: ablate(options), "; the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

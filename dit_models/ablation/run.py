@@ -138,7 +138,8 @@ def run_in_processes(
             status = subprocess.run(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
             ).returncode
-        print(f"{name}: {'done' if status == 0 else f'exit status {status}'}", flush=True)
+        ended = f"exit status {status}, see {out / name}.log" if status else "done"
+        print(f"{name}: {ended}", flush=True)
         if status:
             failed.append(status)
 

@@ -82,7 +82,8 @@ def _layout(config: ModelConfig, variant: dict[str, Any]) -> Layout:
 
 def _default_variant(config: ModelConfig) -> dict[str, Any]:
     fixed = {"family": "dit_moe", "expert_activation": "swiglu", "expert_bias": False}
-    check_writable(config, _TITLE, PLAIN_BACKBONE | fixed | {"moe_every": 1})
+    routing = {"routing": None, "affinity": "softmax", "normalize": "none", "routing_scale": 1.0}
+    check_writable(config, _TITLE, PLAIN_BACKBONE | fixed | routing | {"moe_every": 1})
     return {"attention": "flash" if config.qk_norm else "timm"}
 
 

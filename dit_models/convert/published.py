@@ -122,5 +122,8 @@ PLAIN_BACKBONE: dict[str, Any] = {
     "text_dim": 0,
     "num_kv_heads": None,
     "positions": "sincos",
+    "qk_norm_kind": "layer_norm",
     "mask_decoder_depth": 0,
+    "time_scale": 1.0,
+    "time_frequency_shift": 0,
 }

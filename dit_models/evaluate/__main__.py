@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dit_models.train import run_command
 
     options = _parser().parse_args(arguments)
-    run_command(lambda: _run(options))
+    goes_on = "; the same command goes on where it stopped" if options.out is not None else ""
+    run_command(lambda: _run(options), goes_on)
 
 
 def _run(options: argparse.Namespace) -> int:

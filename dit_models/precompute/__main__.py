@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1; auto deals GPUs to processes")
     add("--processes", type=int, default=1, help="each makes a share of the files (1)")
     options = parser.parse_args(arguments)
-    run_command(lambda: _run(options))
+    run_command(lambda: _run(options), "; the same command goes on where it stopped")
 
 
 def _run(options: argparse.Namespace) -> int:

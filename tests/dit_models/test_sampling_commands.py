@@ -146,12 +146,14 @@ def test_a_dense_model_has_no_routing_to_show(tmp_path):
     assert panels.record_routing(artist, Prompts(torch.tensor([1]), None), [0]) is None
 
 
-def test_help_of_every_command():
-    commands = ("train", "sample", "evaluate", "models", "analyze", "convert", "export",
-                "precompute", "ablation")  # fmt: skip
-    for module in commands:
-        result = subprocess.run(
-            [sys.executable, "-m", f"dit_models.{module}", "--help"], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        assert "usage: python -m" in result.stdout
+COMMANDS = ("train", "sample", "evaluate", "models", "analyze", "convert", "export", "precompute",
+            "ablation")  # fmt: skip
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_of_every_command(module):
+    result = subprocess.run(
+        [sys.executable, "-m", f"dit_models.{module}", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "usage: python -m" in result.stdout

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit_models.convert import Choices, convert, open_source, restore
+from dit_models.convert.dit_moe import DIT_MOE
 from dit_models.convert.formats import recognise
 from dit_models.models import build_model, get_config
 from dit_models.pretrained import load_pretrained, read_pretrained
@@ -310,3 +311,14 @@ def test_models_that_were_trained_here_take_the_published_names_too(tmp_path):
     same_bits(load(tmp_path / "back.pt"), load(tmp_path / "source.pt"))
     with pytest.raises(ValueError, match="cannot be written as a DiT checkpoint: family='dit_moe'"):
         restore(tmp_path / "ours", tmp_path / "other.pt", to="dit")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("time_scale", 1000.0), ("qk_norm_kind", "rms_norm"), ("routing", "loss_free"),
+     ("routing_scale", 2.5), ("normalize", "per_token"), ("positions", "rope")],
+)  # fmt: skip
+def test_what_published_code_would_compute_otherwise_is_not_written(tmp_path, field, value):
+    config = small("DiT-MoE-XL/2-8E2A", hidden_size=48)
+    with pytest.raises(ValueError, match=f"cannot be written as .*{field}="):
+        DIT_MOE.default_variant(replace(config, **{field: value}))

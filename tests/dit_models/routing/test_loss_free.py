@@ -46,6 +46,16 @@ def test_the_load_is_that_of_all_micro_batches() -> None:
         assert torch.equal(after, before + expected if layer == 0 else expected)
 
 
+def test_routers_learn_from_the_mean_over_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moved(tiny("loss_free"))
+    got: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(router_of(model), "update", got.append)
+    layers = len(model.config.moe_blocks)
+    micro_batches = [[{"load": torch.tensor([v, 2.0, 0.0, 0.0])}] * layers for v in (1.0, 4.0)]
+    update_routers(model, micro_batches)
+    assert [each["load"].tolist() for each in got] == [[2.5, 2.0, 0.0, 0.0]]
+
+
 def test_evaluation_leaves_the_bias_alone() -> None:
     model = moved(tiny("loss_free")).eval()
     output = model(**inputs_for(model.config))
