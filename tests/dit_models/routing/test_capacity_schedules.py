@@ -104,8 +104,9 @@ def test_each_noise_level_has_its_capacity(
 
 def test_images_of_a_batch_have_the_capacities_of_their_own_noise_levels() -> None:
     config = tiny("EC-DiT-tiny", routing_options={"capacity_by_noise": NOISE})
-    model = moved(config)
+    model = moved(config).double()  # fp32 rounding would hide a small dependence
     inputs = inputs_for(config)
+    inputs["latents"] = inputs["latents"].double()
     inputs["timesteps"] = torch.tensor([0.1, 0.6, 0.95])
     output = model(**inputs)
     (plan,) = output.plans
@@ -117,7 +118,7 @@ def test_images_of_a_batch_have_the_capacities_of_their_own_noise_levels() -> No
     for index in range(3):
         alone = model(**{name: value[index : index + 1] for name, value in inputs.items()})
         torch.testing.assert_close(
-            alone.sample, output.sample[index : index + 1], rtol=1e-4, atol=1e-5
+            alone.sample, output.sample[index : index + 1], rtol=1e-9, atol=1e-12
         )
 
 
