@@ -1,10 +1,12 @@
 """From a ``TrainConfig`` to its model, objective, device and precision."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 import moe_kernels as mk
 from dit_models.conditioned import ConditionedModel
@@ -89,14 +91,20 @@ def model_config_for(config: TrainConfig, info: DatasetInfo) -> ModelConfig:
 
 
 def build_conditioned_model(
-    config: TrainConfig, info: DatasetInfo, device: torch.device | str
+    config: TrainConfig,
+    info: DatasetInfo,
+    device: torch.device | str,
+    on_block: Callable[[nn.Module], None] | None = None,
 ) -> ConditionedModel:
-    """A fresh model for this data, initialised from the global random state."""
+    """A fresh model for this data, initialised from the global random state.
+
+    ``on_block`` is called with each block as soon as it is made.
+    """
     model_config = model_config_for(config, info)
     text_encoder: ByteTextEncoder | PretrainedText | None = None
     if model_config.text_dim:
         text_encoder = build_text_encoder(config, info, model_config.text_dim)
-    return ConditionedModel(build_model(model_config), text_encoder).to(device)
+    return ConditionedModel(build_model(model_config, on_block=on_block), text_encoder).to(device)
 
 
 def text_spec_for(config: TrainConfig, info: DatasetInfo) -> EncoderSpec | None:
@@ -193,11 +201,15 @@ def pick_device(name: str) -> torch.device:
 
 def autocast_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 autocast where it was asked for, or on its own on GPUs that have bf16."""
+    dtype = product_dtype(precision, device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def product_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What autocast takes products in; ``None`` where it changes nothing."""
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return None if precision == "fp32" else torch.bfloat16
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -34,6 +34,8 @@ class DiT(nn.Module):
         config: shape of the model.
         ffn: ``ffn(block_index)`` makes the FFN of block ``block_index`` (from 0), on ``device``
             and in ``dtype``.
+        on_block: called with each block as soon as it is made, e.g. to divide it among processes
+            before the next one takes memory.
         device, dtype: where the parameters are made; "meta" takes no memory.
 
     Attributes:
@@ -50,6 +52,7 @@ class DiT(nn.Module):
         config: ModelConfig,
         ffn: Callable[[int], nn.Module],
         *,
+        on_block: Callable[[nn.Module], None] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -78,8 +81,9 @@ class DiT(nn.Module):
         if config.mask_decoder_depth:
             self.mask_token = nn.Parameter(torch.empty(size, **factory))
             self._reset_mask_token()
-        self.blocks = nn.ModuleList(
-            DiTBlock(
+        self.blocks = nn.ModuleList()
+        for index in range(config.depth):
+            block = DiTBlock(
                 size,
                 config.num_heads,
                 config.num_kv_heads,
@@ -90,8 +94,9 @@ class DiT(nn.Module):
                 qk_norm_kind=config.qk_norm_kind,
                 **factory,
             )
-            for index in range(config.depth)
-        )
+            self.blocks.append(block)
+            if on_block is not None:
+                on_block(block)
         self.final_layer = FinalLayer(size, config.patch_size, config.out_channels, **factory)
 
     def forward(

@@ -1,9 +1,14 @@
-"""Checkpoints: a directory a step, written whole or not at all, refused when damaged."""
+"""Checkpoints: a directory a step, written whole or not at all, refused when damaged.
+
+This module writes those of one process. Those of several are written by
+``dit_models.parallel.sharded_checkpoints`` under the same names and with the same manifest.
+"""
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,10 @@ from dit_models.atomic import fsync_path, sha256_of
 from dit_models.extras import require
 
 FORMAT_VERSION = 1
+SHARDED_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.json"
+PLAIN_NAME = "plain.json"
 _NAME = re.compile(r"step_(\d{8})")
 _FILES = ("model.safetensors", "ema.safetensors", "training_state.pt")
 
@@ -71,15 +80,17 @@ def _write_files(
         tensors = {key: value.detach().contiguous() for key, value in module.state_dict().items()}
         safetensors.save_file(tensors, folder / f"{name}.safetensors")
     torch.save(training_state, folder / "training_state.pt")
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "sha256": {name: sha256_of(folder / name) for name in _FILES},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    hashes = {name: sha256_of(folder / name) for name in _FILES}
+    write_manifest(folder, FORMAT_VERSION, step, hashes)
     for path in folder.iterdir():
         fsync_path(path)
     fsync_path(folder)
+
+
+def write_manifest(folder: Path, version: int, step: int, hashes: dict[str, str]) -> None:
+    """Write what ``read_manifest`` reads; the caller flushes it."""
+    manifest = {"format_version": version, "step": step, "sha256": hashes}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -95,30 +106,72 @@ def verify_checkpoint(checkpoint: Path) -> int:
     Raises:
         CheckpointError: names what is missing or damaged.
     """
-    advice = (
-        "Nothing was changed. Restore that file, or continue from an older checkpoint by moving "
-        f"{checkpoint} away."
-    )
+    step, hashes = read_manifest(checkpoint)
+    verify_files(checkpoint, hashes, hashes)
+    return step
+
+
+def read_manifest(checkpoint: Path) -> tuple[int, dict[str, str]]:
+    """The step of a checkpoint, and the SHA-256 that each of its files must have.
+
+    Raises:
+        CheckpointError: the manifest is missing, damaged or of a newer program.
+    """
+    advice = _advice(checkpoint)
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
         version, step, hashes = (manifest[key] for key in ("format_version", "step", "sha256"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = version in (FORMAT_VERSION, SHARDED_VERSION)
+        hashes = {str(name): str(value) for name, value in hashes.items()}
+        step = int(step)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{checkpoint}: manifest.json is missing or damaged ({error}). {advice}"
         ) from error
-    if version != FORMAT_VERSION:
+    if not known:
         raise CheckpointError(
-            f"{checkpoint}: format version {version}; this program reads {FORMAT_VERSION}."
+            f"{checkpoint}: format version {version}; this program reads {FORMAT_VERSION} and "
+            f"{SHARDED_VERSION}."
         )
-    for name in _FILES:
+    needed = _FILES if version == FORMAT_VERSION else (INDEX_NAME, PLAIN_NAME)
+    wrong = [name for name in hashes if Path(name).name != name]
+    if wrong or not hashes.keys() >= set(needed) or checkpoint.name != _name_of(step):
+        raise CheckpointError(
+            f"{checkpoint}: manifest.json is damaged (step {step}, files {sorted(hashes)}). "
+            f"{advice}"
+        )
+    return step, hashes
+
+
+def _name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def verify_files(checkpoint: Path, names: Iterable[str], hashes: dict[str, str]) -> None:
+    """Check some files of a checkpoint against the hashes of its manifest.
+
+    Raises:
+        CheckpointError: names what is missing or damaged.
+    """
+    for name in names:
         path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing. {advice}")
-        if sha256_of(path) != hashes.get(name):
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            problem = f"is missing or cannot be read ({error.strerror})"
+            raise CheckpointError(f"{path} {problem}. {_advice(checkpoint)}") from error
+        if found != hashes[name]:
             raise CheckpointError(
-                f"{path} is damaged: its SHA-256 is not the one in manifest.json. {advice}"
+                f"{path} is damaged: its SHA-256 is not the one in manifest.json. "
+                f"{_advice(checkpoint)}"
             )
-    return int(step)
+
+
+def _advice(checkpoint: Path) -> str:
+    return (
+        "Nothing was changed. Restore that file, or continue from an older checkpoint by moving "
+        f"{checkpoint} away."
+    )
 
 
 def load_weights(checkpoint: Path, name: str, module: nn.Module) -> None:

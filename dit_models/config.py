@@ -146,6 +146,28 @@ class EvaluationConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes that torchrun started share one training; nothing here matters to one."""
+
+    data: int = option(0, "processes that share each batch; 0: all that torchrun started")
+    expert: int = option(1, "processes that share the experts of a layer; divides data")
+    replicate: int = option(1, "whole copies of the divided model (HSDP); divides data / expert")
+    pool: str = option(
+        "global",
+        "where images of a batch compete for experts: global (all processes' images, as in one "
+        "process) or local (each process's own: results depend on the number of processes)",
+    )
+    reshard_after_forward: bool = option(
+        True, "free gathered weights after a block's forward and gather them again in backward"
+    )
+    timeout: float = option(
+        600.0,
+        "seconds without progress after which a hanging process is named and all end; 0: never",
+    )
+    debug: bool = option(False, "check sizes, types and order of the exchanges between experts")
+
+
+@dataclass
 class TrainConfig:
     """One run."""
 
@@ -164,6 +186,7 @@ class TrainConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int = option(1000, "optimizer steps")
     stop_at: int = option(0, "save and stop at this step, to go on later; 0 runs to the end")
     batch_size: int = option(64, "images a step")
@@ -207,6 +230,11 @@ class TrainConfig:
         self._check_sampling()
         self._check_masking()
         self._check_text()
+        _choose("parallel.pool", self.parallel.pool, ("global", "local"))
+        _at_least("parallel.data", self.parallel.data, 0)
+        _at_least("parallel.expert", self.parallel.expert, 1)
+        _at_least("parallel.replicate", self.parallel.replicate, 1)
+        _between("parallel.timeout", self.parallel.timeout, 0, math.inf)
         if not self.data.name:
             raise ValueError('data.name is empty; expected "digits", "digit-scenes" or a folder.')
         if self.objective.logit_std <= 0:

@@ -83,7 +83,9 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 # Fields that may differ when a run goes on: they do not change the steps that follow.
 _FREE_FIELDS = (
     "name", "run_dir", "stop_at", "device", "log_every", "sample_every", "save_every",
-    "keep_checkpoints", "data.num_workers", "data.vae", "text.cache",
+    "keep_checkpoints", "data.num_workers", "data.vae", "text.cache", "parallel.data",
+    "parallel.expert", "parallel.replicate", "parallel.reshard_after_forward", "parallel.timeout",
+    "parallel.debug",
 )  # fmt: skip
 _FREE_GROUPS = ("sampling.", "evaluation.")
 

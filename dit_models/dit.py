@@ -1,8 +1,9 @@
 """DiT: the dense family, and the dense blocks of the others."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import moe_kernels as mk
 from dit_models.backbone import DiT
@@ -49,6 +50,10 @@ def dense_ffn(config: ModelConfig, **factory: Any) -> DenseFFN:
     )
 
 
-def build_dit(config: ModelConfig, **factory: Any) -> DiT:
+def build_dit(
+    config: ModelConfig, on_block: Callable[[nn.Module], None] | None = None, **factory: Any
+) -> DiT:
     """A dense diffusion transformer; ``factory`` is device and dtype."""
-    return DiT(config, lambda block_index: dense_ffn(config, **factory), **factory)
+    return DiT(
+        config, lambda block_index: dense_ffn(config, **factory), on_block=on_block, **factory
+    )

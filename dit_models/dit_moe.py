@@ -1,5 +1,6 @@
 """DiT-MoE (arXiv 2407.11633): token choice with a shared expert in the FFN slot."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,10 @@ def dit_moe_ffn(config: ModelConfig, block_index: int, **factory: Any) -> nn.Mod
     return moe_ffn(config, block_index, **factory)
 
 
-def build_dit_moe(config: ModelConfig, **factory: Any) -> DiT:
+def build_dit_moe(
+    config: ModelConfig, on_block: Callable[[nn.Module], None] | None = None, **factory: Any
+) -> DiT:
     """A DiT-MoE; ``factory`` is device and dtype."""
-    return DiT(config, lambda index: dit_moe_ffn(config, index, **factory), **factory)
+    return DiT(
+        config, lambda index: dit_moe_ffn(config, index, **factory), on_block=on_block, **factory
+    )

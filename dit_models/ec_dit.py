@@ -1,5 +1,6 @@
 """EC-DiT (arXiv 2410.02098): expert choice in the FFN slot of every second block."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,10 @@ def ec_dit_ffn(config: ModelConfig, block_index: int, **factory: Any) -> nn.Modu
     return moe_ffn(config, block_index, **factory)
 
 
-def build_ec_dit(config: ModelConfig, **factory: Any) -> DiT:
+def build_ec_dit(
+    config: ModelConfig, on_block: Callable[[nn.Module], None] | None = None, **factory: Any
+) -> DiT:
     """An EC-DiT; ``factory`` is device and dtype."""
-    return DiT(config, lambda index: ec_dit_ffn(config, index, **factory), **factory)
+    return DiT(
+        config, lambda index: ec_dit_ffn(config, index, **factory), on_block=on_block, **factory
+    )

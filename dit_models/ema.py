@@ -1,12 +1,19 @@
 """Exponential moving average of the weights; sampling uses it."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def decay_at(decay: float, step: int) -> float:
+    """d after optimizer step ``step``."""
+    return min(decay, (1 + step) / (10 + step))
 
 
 class EMA(Generic[ModelT]):
@@ -25,9 +32,14 @@ class EMA(Generic[ModelT]):
     @torch.no_grad()
     def update(self, model: ModelT, step: int) -> None:
         """Average in the weights after optimizer step ``step`` (the first is 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = decay_at(self.decay, step)
         averages: list[Tensor] = list(self.model.parameters())
         weights: list[Tensor] = [parameter.detach() for parameter in model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
+
+    @contextmanager
+    def drawing_model(self) -> Iterator[ModelT]:
+        """The averaged model; ``ShardedEMA`` has to put it in the place of the trained one."""
+        yield self.model

@@ -32,7 +32,8 @@ def unpatchify(patches: Tensor, rows: int, columns: int, patch_size: int) -> Ten
     Inside a patch the order is (row, column, channel): the output layer of DiT checkpoints.
     """
     grid = patches.unflatten(1, (rows, columns)).unflatten(3, (patch_size, patch_size, -1))
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    shape = (grid.shape[0], grid.shape[5], rows * patch_size, columns * patch_size)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(shape)
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:

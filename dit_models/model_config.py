@@ -269,6 +269,11 @@ class ModelConfig:
         )
 
     @property
+    def pools_images(self) -> bool:
+        """Whether images of a batch compete for experts."""
+        return self.family != "dit" and self.routing_idea.pools_images(self)
+
+    @property
     def kv_heads(self) -> int:
         """Key and value heads, ``num_heads`` where ``num_kv_heads`` is ``None``."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads

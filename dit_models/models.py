@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from dit_models.backbone import DiT
 from dit_models.count import ModelCount, count_model
@@ -42,6 +43,7 @@ def build_model(
     name_or_config: str | ModelConfig,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    on_block: Callable[[nn.Module], None] | None = None,
 ) -> DiT:
     """Make a model with fresh weights.
 
@@ -49,6 +51,7 @@ def build_model(
         name_or_config: name of a preset, or a configuration.
         device: where its parameters are made; "meta" takes no memory.
         dtype: of its parameters; ``None`` = torch's default.
+        on_block: called with each block as soon as it is made.
 
     Returns:
         The model, in training mode. A new model predicts exactly 0 (adaLN-zero).
@@ -57,7 +60,7 @@ def build_model(
         ValueError: unknown preset.
     """
     config = get_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    return _BUILDERS[config.family](config, device=device, dtype=dtype)
+    return _BUILDERS[config.family](config, on_block, device=device, dtype=dtype)
 
 
 def count_preset(name_or_config: str | ModelConfig) -> ModelCount:

@@ -32,8 +32,7 @@ class RoutedFFN(mk.MoE):
         assert isinstance(router, Router)
         routing = router(x, _neutral(x) if context is None else context)
         tokens = x.flatten(0, 1)
-        shared = None if self.shared_expert is None else self.shared_expert(tokens)
-        out = self.experts(tokens, routing.plan, shared).view_as(x)
+        out = self.experts(tokens, routing.plan, self.shared_term(tokens)).view_as(x)
         return out, routing.plan if context is None else routing
 
 

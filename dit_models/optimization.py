@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +10,16 @@ from torch import nn
 from dit_models.config import OptimizerConfig
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters; a group for each mesh that they are divided over, which step apart."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": parameters} for parameters in groups.values()]
+
+
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """AdamW, or RMSProp with momentum as EC-DiT was trained with."""
     if config.kind == "adamw":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 import moe_kernels as mk
 from dit_models.config import RouterLossConfig
@@ -19,6 +19,7 @@ def router_losses(
     counts: Sequence[Tensor] | None = None,
     own: Mapping[str, float] | None = None,
     head_losses: Sequence[Tensor] = (),
+    process_group: distributed.ProcessGroup | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The router losses of a batch.
 
@@ -26,9 +27,15 @@ def router_losses(
         output: of the model.
         weights: coefficients of the losses of plans; what has the coefficient 0 is not computed.
         counts: for the balance loss, rows of each expert (E,) for each layer over a pool that is
-            larger than this batch; ``None`` counts this batch.
+            larger than this batch (with a ``process_group``: of all its ranks already, see
+            ``moe_kernels.distributed.global_tokens_per_expert``); ``None`` counts this batch.
         own: coefficients of the routing's own losses, from ``own_coefficients``.
         head_losses: of ``layer_head_losses``.
+        process_group: the ranks that share a batch. The losses of plans are then those of the
+            batch of all ranks (in one message), so scaled that the mean over ranks of what is
+            returned is the loss in one process, gradients included. Losses by sequence, the
+            routing's own and those of heads are means over images, and so need as many images on
+            every rank for that.
 
     Returns:
         Each loss without its coefficient, summed over the layers, for the log; and each with its
@@ -42,18 +49,62 @@ def router_losses(
         losses[f"{name}_loss"] = torch.stack(list(values)).sum()
         terms.append(coefficient * losses[f"{name}_loss"])
 
-    if plans and weights.balance:
-        add("balance", weights.balance, _balance(plans, weights.balance_pool, counts))
-    if plans and weights.z:
-        add("z", weights.z, [mk.router_z_loss(plan) for plan in plans])
-    if plans and weights.similarity:
-        add("similarity", weights.similarity, [mk.router_similarity_loss(plan) for plan in plans])
+    if plans:
+        for name, values in _plan_losses(plans, weights, counts, process_group).items():
+            add(name, getattr(weights, name), values)
     for name, coefficient in (own or {}).items():
         if coefficient and name in output.router_losses:
             add(name, coefficient, [output.router_losses[name]])
         elif coefficient and name == "layer_head" and head_losses:
             add(name, coefficient, head_losses)
     return losses, terms
+
+
+def _plan_losses(
+    plans: Sequence[mk.RoutingPlan],
+    weights: RouterLossConfig,
+    counts: Sequence[Tensor] | None,
+    process_group: distributed.ProcessGroup | None,
+) -> dict[str, list[Tensor]]:
+    """The losses of plans that have a coefficient: a scalar for each layer, by name."""
+    if process_group is not None:
+        return _plan_losses_of_all_ranks(plans, weights, counts, process_group)
+    losses = {}
+    if weights.balance:
+        losses["balance"] = _balance(plans, weights.balance_pool, counts)
+    if weights.z:
+        losses["z"] = [mk.router_z_loss(plan) for plan in plans]
+    if weights.similarity:
+        losses["similarity"] = [mk.router_similarity_loss(plan) for plan in plans]
+    return losses
+
+
+def _plan_losses_of_all_ranks(
+    plans: Sequence[mk.RoutingPlan],
+    weights: RouterLossConfig,
+    counts: Sequence[Tensor] | None,
+    process_group: distributed.ProcessGroup,
+) -> dict[str, list[Tensor]]:
+    from moe_kernels import distributed as ranks
+
+    losses: dict[str, list[Tensor]] = {}
+    by_sequence = weights.balance and weights.balance_pool == "sequence"
+    if by_sequence:
+        losses["balance"] = _balance(plans, "sequence", None)
+    if not (weights.z or weights.similarity or (weights.balance and not by_sequence)):
+        return losses
+    seen = ranks.global_counts(plans, process_group, chosen_together=bool(weights.similarity))
+    if weights.balance and not by_sequence:
+        losses["balance"] = ranks.global_load_balance_loss(
+            plans, process_group, tokens_per_expert=counts, counts=seen
+        )
+    if weights.z:
+        losses["z"] = ranks.global_router_z_loss(plans, process_group, counts=seen)
+    if weights.similarity:
+        losses["similarity"] = ranks.global_router_similarity_loss(
+            plans, process_group, counts=seen
+        )
+    return losses
 
 
 def _balance(
@@ -132,14 +183,22 @@ def check_accumulation(accumulate: int, model: ModelConfig) -> None:
         )
 
 
-def routing_telemetry(plans: Sequence[mk.RoutingPlan]) -> dict[str, Tensor]:
+def routing_telemetry(
+    plans: Sequence[mk.RoutingPlan], process_group: distributed.ProcessGroup | None = None
+) -> dict[str, Tensor]:
     """Statistics of every MoE layer (first index), for the log.
 
     ``router_entropy`` and ``unrouted_fraction`` (layers,); ``expert_load`` and ``mean_prob``
     (layers, E), shares of rows and mean probabilities; ``experts_per_token`` (layers, E + 1), the
-    share of tokens that 0, 1, ..., E experts took.
+    share of tokens that 0, 1, ..., E experts took. With a ``process_group`` they are those of the
+    tokens of all its ranks, the same on each.
     """
-    stats = [plan.stats for plan in plans]
+    if process_group is None:
+        stats = [plan.stats for plan in plans]
+    else:
+        from moe_kernels import distributed as ranks
+
+        stats = ranks.global_routing_stats(plans, process_group)
     load = torch.stack([each.tokens_per_expert.float() for each in stats])
     histogram = torch.stack([each.experts_per_token_histogram.float() for each in stats])
     return {

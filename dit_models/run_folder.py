@@ -17,17 +17,14 @@ from dit_models.assemble import (
     with_defaults,
 )
 from dit_models.atomic import write_text
-from dit_models.checkpoints import (
-    CheckpointError,
-    list_checkpoints,
-    load_weights,
-    verify_checkpoint,
-)
+from dit_models.checkpoint_weights import load_stored_weights
+from dit_models.checkpoints import CheckpointError, list_checkpoints, verify_checkpoint
 from dit_models.config import TrainConfig
 from dit_models.config_io import load_config
 from dit_models.data import DatasetInfo
 from dit_models.drawing import Artist
 from dit_models.metrics import METRICS_NAME
+from dit_models.parallel.heartbeats import FOLDER_NAME as HEARTBEATS_NAME
 from dit_models.pretrained import is_pretrained, load_pretrained, read_pretrained
 from dit_models.vae import decoder_of
 
@@ -66,7 +63,7 @@ def checkpoint_folder(run_dir: Path) -> Path:
 
 def holds_other_files(run_dir: Path) -> bool:
     """Whether a folder has files but no run, so that training into it could overwrite them."""
-    names = {path.name for path in run_dir.iterdir()} - {_LOCK_NAME}
+    names = {path.name for path in run_dir.iterdir()} - {_LOCK_NAME, HEARTBEATS_NAME}
     return bool(names) and METRICS_NAME not in names
 
 
@@ -116,6 +113,18 @@ def load_info(run_dir: Path) -> DatasetInfo:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
 
 
+def verified_checkpoint(run_dir: Path) -> tuple[Path, int]:
+    """The newest checkpoint of a run and its step, every file checked.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    checkpoints = list_checkpoints(checkpoint_folder(run_dir))
+    if not checkpoints:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first.")
+    return checkpoints[-1], verify_checkpoint(checkpoints[-1])
+
+
 def load_run(run_dir: Path, device: str = "auto") -> LoadedRun:
     """Load the averaged weights of a run's newest checkpoint, or an exported or converted model.
 
@@ -126,14 +135,11 @@ def load_run(run_dir: Path, device: str = "auto") -> LoadedRun:
     if is_pretrained(run_dir):
         return _load_model_folder(run_dir, device)
     config = with_defaults(load_config(run_dir / CONFIG_NAME))
-    checkpoints = list_checkpoints(checkpoint_folder(run_dir))
-    if not checkpoints:
-        raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first.")
-    step = verify_checkpoint(checkpoints[-1])
+    checkpoint, step = verified_checkpoint(run_dir)
     target = pick_device(device)
     info = load_info(run_dir)
     model = build_conditioned_model(config, info, target)
-    load_weights(checkpoints[-1], "ema", model)
+    load_stored_weights(checkpoint, "ema", model)
     artist = Artist(
         model.eval().requires_grad_(False),
         build_objective(config.objective),

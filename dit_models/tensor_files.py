@@ -18,9 +18,9 @@ from torch import Tensor
 
 # A shard of this many bytes is loaded, checked and uploaded in a reasonable time.
 MAX_SHARD_BYTES = 5_000_000_000
-_BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 16 << 20
 _HEADER_LIMIT = 100_000_000
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -34,7 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class StoredTensor:
         """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, begin: int, end: int) -> "StoredTensor":
+        """Rows ``begin`` to ``end`` of its first dimension, as a tensor in the same file."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        start = self.start + begin * row
+        return StoredTensor(self.path, start, self.dtype, (end - begin, *self.shape[1:]))
+
     def blocks(self) -> Iterator[bytes]:
         """Its bytes, in blocks of at most 16 MiB.
 
@@ -61,20 +67,31 @@ class StoredTensor:
         with open(self.path, "rb", buffering=0) as stream:
             stream.seek(self.start)
             while left:
-                block = stream.read(min(left, _BLOCK_BYTES))
+                block = stream.read(min(left, BLOCK_BYTES))
                 if not block:
-                    raise ValueError(f"{self.path} ends {left} bytes before its tensors do.")
+                    raise self._cut_short(left)
                 left -= len(block)
                 yield block
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        if not self.num_bytes:
-            return torch.zeros(self.shape, dtype=self.dtype)
-        data = bytearray()
-        for block in self.blocks():
-            data += block
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+        """The tensor, in memory of its own.
+
+        Raises:
+            ValueError: the file ends before the tensor does.
+        """
+        data = torch.empty(self.num_bytes, dtype=torch.uint8)
+        rest = data.numpy().data
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(self.start)
+            while len(rest):
+                count = stream.readinto(rest)
+                if not count:
+                    raise self._cut_short(len(rest))
+                rest = rest[count:]
+        return data.view(self.dtype).view(self.shape)
+
+    def _cut_short(self, left: int) -> ValueError:
+        return ValueError(f"{self.path} ends {left} bytes before its tensors do.")
 
 
 class TensorEntry(NamedTuple):
@@ -119,7 +136,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 name: StoredTensor(
                     path,
                     8 + length + entry["data_offsets"][0],
-                    _DTYPES[entry["dtype"]],
+                    DTYPES[entry["dtype"]],
                     tuple(entry["shape"]),
                 )
                 for name, entry in header.items()
@@ -141,6 +158,22 @@ def write_safetensors(
     path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file, an entry after the other, and flush it to the disk."""
+    with open(path, "wb") as stream:
+        stream_safetensors(stream.write, entries, metadata)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def stream_safetensors(
+    write: Callable[[Any], Any],
+    entries: Mapping[str, TensorEntry],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+    """Give the content of a safetensors file to ``write``, block by block.
+
+    Returns:
+        The byte at which each tensor begins.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # Wide elements first: then each tensor starts at a multiple of its own element size.
     names = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
@@ -148,20 +181,21 @@ def write_safetensors(
     for name in names:
         entry = entries[name]
         header[name] = {
-            "dtype": _NAMES[entry.dtype],
+            "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [position, position + entry.num_bytes],
         }
         position += entry.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            written = sum(stream.write(block) for block in entries[name].blocks())
-            assert written == entries[name].num_bytes, (name, written, entries[name].num_bytes)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        written = 0
+        for block in entries[name].blocks():
+            write(block)
+            written += memoryview(block).nbytes
+        assert written == entries[name].num_bytes, (name, written, entries[name].num_bytes)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in names}
 
 
 def write_sharded(

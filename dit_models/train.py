@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from dit_models.extras import require
 from dit_models.interrupt import StopRequest
 from dit_models.metrics import MetricsLog, read_metrics
 from dit_models.panels import record_routing, save_expert_load, save_experts_per_token, save_grid
+from dit_models.parallel.watchdog import RankLost
+from dit_models.parallel.world import World, join_world
 from dit_models.recipes import DEFAULT_RECIPE, RECIPES
 from dit_models.run_folder import (
     CONFIG_NAME,
@@ -40,8 +45,9 @@ from dit_models.run_folder import (
     run_lock,
     save_info,
 )
+from dit_models.stopwatch import Stopwatch
 from dit_models.text import PretrainedText
-from dit_models.trainer import Stopwatch, Trainer, TrainingDiverged
+from dit_models.trainer import Trainer, TrainingDiverged
 
 _GRID_COLUMNS = 10
 
@@ -49,28 +55,64 @@ _GRID_COLUMNS = 10
 def train(config: TrainConfig) -> int:
     """Run (or go on with) the training that ``config`` describes.
 
+    Under torchrun every process runs this, and the first one prints and writes.
+
     Returns:
         The exit status: 0 when the run is complete or stopped at ``stop_at``, 128 + the signal's
         number after Ctrl-C or SIGTERM.
     """
     run_dir = run_dir_of(config)
+    with join_world(config.parallel, config.device) as world, ExitStack() as stack:
+        if not world.is_main:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        if world.lead(partial(_begin, config, run_dir, stack)):
+            return 0
+        return _train_locked(config, run_dir, world)
+
+
+def _begin(config: TrainConfig, run_dir: Path, stack: ExitStack) -> bool:
+    """Take the run's folder for this training; or whether the run is complete."""
     if _is_complete(config, run_dir):
         print(f"{run_dir} is complete; nothing is trained again. For a new run: name=ANOTHER.")
         _print_summary(run_dir)
-        return 0
+        return True
     if not run_dir.exists():
         run_dir.mkdir(parents=True)
     elif holds_other_files(run_dir):
         raise ValueError(
             f"{run_dir} is not empty and not the folder of a run; choose another name or run_dir."
         )
-    with run_lock(run_dir):
-        return _train_locked(config, run_dir)
+    stack.enter_context(run_lock(run_dir))
+    return False
 
 
-def _train_locked(config: TrainConfig, run_dir: Path) -> int:
-    trainer = Trainer(config, run_dir)
-    if trainer.resume():
+def _train_locked(config: TrainConfig, run_dir: Path, world: World) -> int:
+    trainer = Trainer(config, run_dir, world)
+    with trainer.watched():
+        went_on = trainer.resume()
+        logs: list[MetricsLog] = []  # of the first process alone
+        world.lead(lambda: logs.append(_open_log(trainer, went_on)))
+        try:
+            with StopRequest() as stop:
+                signal_number = _loop(trainer, logs, stop)
+        finally:
+            for log in logs:
+                log.close()
+        if signal_number:
+            print(f"Stopped by signal {signal_number} at step {trainer.step}, which is saved. "
+                  "The same command goes on from there.")  # fmt: skip
+            return 128 + signal_number
+        if not trainer.finished:
+            print(f"Stopped at step {trainer.step} (stop_at), which is saved.")
+            return 0
+        _finish(trainer)
+    return 0
+
+
+def _open_log(trainer: Trainer, went_on: bool) -> MetricsLog:
+    """Say what is trained, and write down what the run is made of."""
+    config, run_dir = trainer.config, trainer.run_dir
+    if went_on:
         print(f"Going on with {run_dir} at step {trainer.step}.")
     else:
         _check_nothing_is_lost(run_dir, config)
@@ -84,22 +126,11 @@ def _train_locked(config: TrainConfig, run_dir: Path) -> int:
         f"{count.activated / 1e6:.2f} M activated; {trainer.device}, "
         f"{torch.get_num_threads()} threads."
     )
+    if trainer.world.size > 1:
+        print(trainer.world.describe())
     if trainer.why_no_samples:
         print(f"Training without sample grids: {trainer.why_no_samples}")
-    try:
-        with StopRequest() as stop:
-            _loop(trainer, log, stop)
-    finally:
-        log.close()
-    if stop.signal_number is not None:
-        print(f"Stopped by signal {stop.signal_number} at step {trainer.step}, which is saved. "
-              "The same command goes on from there.")  # fmt: skip
-        return 128 + stop.signal_number
-    if not trainer.finished:
-        print(f"Stopped at step {trainer.step} (stop_at), which is saved.")
-        return 0
-    _finish(trainer)
-    return 0
+    return log
 
 
 def _is_complete(config: TrainConfig, run_dir: Path) -> bool:
@@ -137,52 +168,108 @@ def _check_nothing_is_lost(run_dir: Path, config: TrainConfig) -> None:
         )
 
 
-def _loop(trainer: Trainer, log: MetricsLog, stop: StopRequest) -> None:
-    """Steps until the end, ``stop_at`` or a signal; leaves a checkpoint of the last step."""
-    config = trainer.config
+def _loop(trainer: Trainer, logs: list[MetricsLog], stop: StopRequest) -> int:
+    """Steps until the end, ``stop_at`` or a signal; leaves a checkpoint of the last step.
+
+    Returns:
+        The signal's number, of any process; 0 without one.
+    """
+    config, world = trainer.config, trainer.world
     last = min(config.steps, config.stop_at or config.steps)
     values: dict[str, float | Tensor] = {}
     bar = require("tqdm.auto", extra="train").tqdm(
-        total=config.steps, initial=trainer.step, desc="training", unit="step", dynamic_ncols=True
-    )
+        total=config.steps, initial=trainer.step, desc="training", unit="step",
+        dynamic_ncols=True, disable=not world.is_main,
+    )  # fmt: skip
     watch = Stopwatch(trainer)
     with bar:
-        while trainer.step < last and stop.signal_number is None:
+        while not _signal_of_all(trainer, stop) and trainer.step < last:
             logged = (trainer.step + 1) % config.log_every == 0 or trainer.step + 1 == last
             values = trainer.train_step(with_routing=logged)
             bar.update()
             if logged:
                 watch.lap()
-                _log(trainer, log, values, bar)
+                _log(trainer, logs, values, bar)
             sampled = config.sample_every and trainer.step % config.sample_every == 0
             saved = trainer.step % config.save_every == 0
             if sampled or saved:
                 watch.lap()
             if sampled:
-                _save_samples(trainer, trainer.run_dir / f"samples_{trainer.step:08d}.png")
+                with _survivable(f"the samples of step {trainer.step} could not be written"):
+                    _save_samples(trainer, trainer.run_dir / f"samples_{trainer.step:08d}.png")
             if saved:
                 _save(trainer, values)
             if sampled or saved:
                 watch.skip()
         watch.lap()
-    _save(trainer, values)
+    _save_last(trainer, values)
+    return _signal_of_all(trainer, stop)
 
 
-def _log(trainer: Trainer, log: MetricsLog, values: dict[str, Any], bar: Any) -> None:
+def _signal_of_all(trainer: Trainer, stop: StopRequest) -> int:
+    """The signal that any process got, so that all stop at the same step; 0 without one."""
+    trainer.report("agreeing to go on")
+    return trainer.world.largest(stop.signal_number or 0)
+
+
+def _log(trainer: Trainer, logs: list[MetricsLog], values: dict[str, Any], bar: Any) -> None:
     _require_finite(trainer, values)
     plain = {
         name: value.tolist() if isinstance(value, Tensor) else value
         for name, value in values.items()
     }
     speed = trainer.step / trainer.train_seconds
-    log.write(trainer.step, {**plain, "steps_per_second": speed})
+    for log in logs:
+        with _survivable(f"the metrics of step {trainer.step} could not be written"):
+            log.write(trainer.step, {**plain, "steps_per_second": speed})
     bar.set_postfix(loss=f"{plain['loss']:.4f}")
+    _warn_of_failed_saves(trainer)
 
 
 def _save(trainer: Trainer, values: dict[str, Any]) -> None:
-    """Write a checkpoint, unless the run has diverged: the good one before must stay the newest."""
+    """Write a checkpoint, unless the run has diverged: the good one before must stay the newest.
+
+    A full disk is no reason to lose what was trained: training goes on.
+    """
     _require_finite(trainer, values)
+    _warn_of_failed_saves(trainer)
+    with _survivable(f"step {trainer.step} could not be saved"):
+        trainer.save()
+
+
+def _save_last(trainer: Trainer, values: dict[str, Any]) -> None:
+    """Write the checkpoint of the last step, and wait until it is there.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    _require_finite(trainer, values)
+    _warn_of_failed_saves(trainer)
     trainer.save()
+    trainer.finish_saving()
+    if failures := trainer.failed_saves():
+        raise OSError(f"the last step could not be saved: {failures[-1]}")
+
+
+def _warn_of_failed_saves(trainer: Trainer) -> None:
+    for reason in trainer.failed_saves():
+        if trainer.world.is_main:
+            _warn(reason)
+
+
+@contextmanager
+def _survivable(what_failed: str) -> Iterator[None]:
+    """Go on, with a warning, where the disk is full or otherwise fails."""
+    try:
+        yield
+    except OSError as error:
+        _warn(f"{what_failed} ({error})")
+
+
+def _warn(reason: str) -> None:
+    print(
+        f"\nwarning: {reason}. Training goes on; the checkpoints before are kept.", file=sys.stderr
+    )
 
 
 def _require_finite(trainer: Trainer, values: dict[str, Any]) -> None:
@@ -205,7 +292,10 @@ def _save_samples(trainer: Trainer, path: Path, guidance_scale: float | None = N
     config = trainer.config
     prompts = example_prompts(trainer.info, config.data, config.sampling.grid_images)
     seeds = list(range(len(prompts)))
-    images = trainer.artist().draw(prompts, seeds, guidance_scale=guidance_scale)
+    with trainer.drawing() as artist:
+        images = artist.draw(prompts, seeds, guidance_scale=guidance_scale)
+    if not trainer.world.is_main:
+        return
     save_grid(path, images, _GRID_COLUMNS)
     if prompts.captions is not None:
         write_text(path.with_suffix(".txt"), "\n".join(prompts.captions) + "\n")
@@ -220,11 +310,14 @@ def _finish(trainer: Trainer) -> None:
         reason = reason or why_not_evaluated(config.data.name, trainer.info.image_size)
         if reason is None:
             print(f"Evaluating {config.evaluation.num_samples} samples at each guidance scale:")
-            figures = evaluate(trainer.artist(), config.data.name, config.evaluation)
+            with trainer.drawing() as artist:
+                figures = evaluate(artist, config.data.name, config.evaluation)
         else:
             print(f"No quality figure: {reason}.")
     _save_samples(trainer, run_dir / "samples.png", figures.get("guidance_scale"))
     _save_routing(trainer)
+    if not trainer.world.is_main:
+        return
     count = count_model(trainer.model.backbone)
     # The text encoder, where there is one, is trained with the model and always active.
     encoder = trainer.model.text_encoder
@@ -241,6 +334,7 @@ def _finish(trainer: Trainer) -> None:
         "model": config.model,
         "data": config.data.name,
         "device": _device_name(trainer.device),
+        "processes": trainer.world.size,
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -261,8 +355,9 @@ def _save_routing(trainer: Trainer) -> None:
     if trainer.why_no_samples:
         return
     prompts = example_prompts(trainer.info, trainer.config.data, 8)
-    record = record_routing(trainer.artist(), prompts, list(range(8)))
-    if record is not None:
+    with trainer.drawing() as artist:
+        record = record_routing(artist, prompts, list(range(8)))
+    if record is not None and trainer.world.is_main:
         save_expert_load(trainer.run_dir / "expert_load.png", record)
         save_experts_per_token(trainer.run_dir / "experts_per_token.png", record)
 
@@ -304,16 +399,18 @@ def run_command(command: Callable[[], int | None], after_interrupt: str = "") ->
         command: the work; returns an exit status.
         after_interrupt: what a user should know after Ctrl-C.
     """
+    of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    who = f"rank {os.environ.get('RANK')}: " if of_many else ""
     try:
         sys.exit(command() or 0)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\ninterrupted{after_interrupt}.", file=sys.stderr)
         sys.exit(130)
-    except (CheckpointError, TrainingDiverged, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (CheckpointError, TrainingDiverged, RankLost, ImportError, OSError) as error:
+        print(f"{who}error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,11 +1,11 @@
 """The training loop: one object that knows a run's state and can stop and go on exactly."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,38 +15,37 @@ from dit_models.assemble import (
     build_conditioned_model,
     build_objective,
     pick_device,
+    product_dtype,
     with_defaults,
 )
 from dit_models.checkpoints import (
     CheckpointError,
-    list_checkpoints,
-    load_training_state,
-    load_weights,
-    remove_unfinished,
-    save_checkpoint,
-    verify_checkpoint,
 )
+from dit_models.conditioned import ConditionedModel
 from dit_models.config import TrainConfig
-from dit_models.config_io import differing_fields, fields_of
 from dit_models.data import (
-    Batch,
     BatchLoader,
     CaptionFolderDataset,
     ImageDataset,
     LatentDataset,
     build_dataset,
 )
-from dit_models.data.base import pad_rows
 from dit_models.drawing import Artist
+from dit_models.draws import Draws, Randomness
 from dit_models.ema import EMA
 from dit_models.masking import (
     check_masking,
-    draw_kept_tokens,
     kept_pixels,
     reconstruction_loss,
 )
-from dit_models.optimization import build_optimizer, learning_rate, set_learning_rate
-from dit_models.rng import get_rng_state, set_rng_state
+from dit_models.optimization import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
+from dit_models.parallel.watchdog import Watchdog
+from dit_models.parallel.world import World
 from dit_models.router_losses import (
     check_accumulation,
     layer_head_losses,
@@ -54,43 +53,17 @@ from dit_models.router_losses import (
     router_losses,
     routing_telemetry,
 )
-from dit_models.routing.layers import set_progress, update_routers
-from dit_models.run_folder import checkpoint_folder
-from dit_models.text import NULL_CAPTION, ByteTextEncoder, PretrainedText, TextFeatures
+from dit_models.routing.layers import average_observed, set_progress, update_routers
+from dit_models.run_checkpoints import RunCheckpoints
+from dit_models.text import ByteTextEncoder, PretrainedText
 from dit_models.vae import decoder_of, why_no_vae
+
+if TYPE_CHECKING:  # they load torch.distributed, which one process does not need
+    from dit_models.parallel.ema import ShardedEMA
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer finite."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """A batch with all its randomness drawn, so that micro-batches are slices of it."""
-
-    images: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    labels: Tensor | None
-    captions: list[str] | None
-    text: TextFeatures | None = None  # instead of captions, where the data hold it encoded
-    kept_tokens: Tensor | None = None  # (B, K) int64 of masked training
-
-    def split(self, parts: int) -> list["Draws"]:
-        """``parts`` micro-batches of equal size."""
-        size = len(self.images) // parts
-        return [self._part(slice(start, start + size)) for start in range(0, size * parts, size)]
-
-    def _part(self, where: slice) -> "Draws":
-        return Draws(
-            self.images[where],
-            self.noise[where],
-            self.timesteps[where],
-            None if self.labels is None else self.labels[where],
-            None if self.captions is None else self.captions[where],
-            None if self.text is None else self.text.part(where),
-            None if self.kept_tokens is None else self.kept_tokens[where],
-        )
 
 
 class Trainer:
@@ -99,17 +72,21 @@ class Trainer:
     Args:
         config: a validated configuration.
         run_dir: the run's folder; checkpoints go to ``run_dir/checkpoints``.
+        world: the processes that train together (``join_world``); ``None`` for this one alone.
 
     Attributes:
         step: optimizer steps done.
+        watchdog: what watches this process's progress, if anything does.
         train_seconds: time spent in steps, over all sessions of the run; kept by ``Stopwatch``.
         wall_seconds: time since the run began, over all sessions.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, world: World | None = None) -> None:
         self.config = config = with_defaults(config)
         self.run_dir = run_dir
-        self.device = pick_device(config.device)
+        self.world = world = world or World(pick_device(config.device))
+        self.device = world.device
+        check_batch(config, world.size)
         self.dataset = build_dataset(
             config.data.name,
             split=config.data.split,
@@ -118,27 +95,67 @@ class Trainer:
         )
         self.info = self.dataset.info
         self.loader = BatchLoader(
-            self.dataset, config.batch_size, config.seed, config.data.num_workers
+            self.dataset,
+            config.batch_size,
+            config.seed,
+            config.data.num_workers,
+            part=world.part_of(config.batch_size),
         )
         torch.manual_seed(config.seed)
-        self.model = build_conditioned_model(config, self.info, self.device)
+        self.model = self._build_model()
         if isinstance(self.model.text_encoder, ByteTextEncoder):
             _check_caption_lengths(self.dataset, self.model.text_encoder.max_length)
         check_masking(config.masking, self.model.backbone.config)
         check_accumulation(config.accumulate, self.model.backbone.config)
         self._own_losses = own_coefficients(config.router_loss, self.model.backbone.config)
-        self.model.backbone.gradient_checkpointing = config.gradient_checkpointing
         self.objective = build_objective(config.objective)
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
-        self.ema = EMA(self.model, config.ema_decay)
-        # On the CPU, so that a run draws the same numbers on every device and can change device.
+        self.optimizer = build_optimizer(parameter_groups(self.model), config.optimizer)
+        self.ema = self._average()
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.randomness = Randomness(
+            config, self.model, self.objective, self.dataset, world, self.generator
+        )
+        self.watchdog: Watchdog | None = None
+        self.checkpoints = RunCheckpoints(
+            config, run_dir, world, self.model, self.ema, self.optimizer, self.generator
+        )
         self.step = 0
         self.train_seconds = 0.0
         self._earlier_wall_seconds = 0.0
         self._started = time.perf_counter()
-        if config.compile:
+        if config.compile and world.size == 1:
             self.model.backbone.compile()
+
+    def _build_model(self) -> ConditionedModel:
+        """The model, with the same weights for any number of processes."""
+        config, world = self.config, self.world
+        if world.size == 1:
+            model = build_conditioned_model(config, self.info, self.device)
+            model.backbone.gradient_checkpointing = config.gradient_checkpointing
+            return model
+        from dit_models.parallel.shard import Sharding
+
+        sharding = Sharding(
+            world,
+            product_dtype(config.precision, self.device),
+            reshard_after_forward=config.parallel.reshard_after_forward,
+            checkpointing=config.gradient_checkpointing,
+            compile=config.compile,
+        )
+        model = build_conditioned_model(config, self.info, self.device, sharding.shard_block)
+        sharding.shard_rest(model)
+        if config.parallel.pool == "global" and model.backbone.config.pools_images:
+            from moe_kernels.distributed import share_pools
+
+            share_pools(model, world.group, equal_tokens=True)
+        return model
+
+    def _average(self) -> "EMA[ConditionedModel] | ShardedEMA":
+        if self.world.size == 1:
+            return EMA(self.model, self.config.ema_decay)
+        from dit_models.parallel.ema import ShardedEMA
+
+        return ShardedEMA(self.model, self.config.ema_decay)
 
     @property
     def finished(self) -> bool:
@@ -150,10 +167,27 @@ class Trainer:
         """Time since the run began, over all sessions."""
         return self._earlier_wall_seconds + time.perf_counter() - self._started
 
+    @contextmanager
+    def drawing(self) -> Iterator[Artist]:
+        """The averaged model, ready to draw from; nothing is trained in the meantime.
+
+        With several processes all of them draw the same images together.
+        """
+        with self._unhurried(), self.ema.drawing_model() as model:
+            yield self._artist(model)
+
+    def _unhurried(self) -> AbstractContextManager[None]:
+        """What may take longer than a step does; the watchdog waits."""
+        return nullcontext() if self.watchdog is None else self.watchdog.paused()
+
     def artist(self) -> Artist:
-        """The averaged model, ready to draw from."""
+        """The averaged model, ready to draw from, where one process trains."""
+        assert isinstance(self.ema, EMA)
+        return self._artist(self.ema.model)
+
+    def _artist(self, model: ConditionedModel) -> Artist:
         return Artist(
-            self.ema.model,
+            model,
             self.objective,
             self.config.sampling,
             (self.info.channels, self.info.image_size, self.info.image_size),
@@ -182,7 +216,9 @@ class Trainer:
         self.model.train()
         progress = self.step / self.config.steps
         set_progress(self.model.backbone, progress)
-        draws = self._masked(self._draw(next(self.loader)))
+        self.report("data")
+        draws = self.randomness.draw(next(self.loader))
+        draws = self.randomness.masked(draws, self.step)
         micro_batches = draws.split(self.config.accumulate)
         counts = self._count_tokens_per_expert(micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,67 +227,51 @@ class Trainer:
         for micro_batch in micro_batches:
             losses, seen = self._losses(micro_batch, counts, with_routing)
             observed.append(seen)
-            (losses["loss"] / len(micro_batches)).backward()
+            self.report("backward")
+            (losses["loss"] / len(micro_batches) / self.world.size).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
+        self.report("optimizer step")
         rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
         set_learning_rate(self.optimizer, rate)
-        limit = self.config.optimizer.clip_norm or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = self._clip_gradient(self.config.optimizer.clip_norm or float("inf"))
         self.optimizer.step()
-        update_routers(self.model.backbone, observed)
+        update_routers(self.model.backbone, self._observed_by_all(observed))
         self.step += 1
         self.ema.update(self.model, self.step)
-        set_progress(self.ema.model.backbone, progress)
-        return {**totals, "grad_norm": grad_norm.detach(), "lr": rate}
+        if isinstance(self.ema, EMA):
+            set_progress(self.ema.model.backbone, progress)
+        return {**self._mean_losses(totals), "grad_norm": grad_norm.detach(), "lr": rate}
 
-    def _draw(self, batch: Batch) -> Draws:
-        """Noise, timesteps and dropped conditions for the whole batch."""
-        images, count = batch.images.to(self.device), len(batch.images)
-        timesteps = self.objective.sample_timesteps(count, self.generator, self.device)
-        noise = torch.randn(images.shape, generator=self.generator).to(self.device)
-        dropped = torch.rand(count, generator=self.generator) < self.config.condition_dropout
-        labels = captions = text = None
-        if self.model.backbone.config.num_classes:
-            assert batch.labels is not None
-            null_class = self.model.backbone.config.num_classes
-            labels = torch.where(dropped, null_class, batch.labels).to(self.device)
-        elif batch.text is not None and isinstance(self.model.text_encoder, PretrainedText):
-            text = self._stored_text(batch, dropped)
-        else:
-            assert batch.captions is not None
-            captions = [
-                NULL_CAPTION if drop else caption
-                for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)
-            ]
-        return Draws(images, noise, timesteps, labels, captions, text)
+    def report(self, where: str) -> None:
+        """Tell the watchdog, where there is one, what this process is about to do."""
+        if self.watchdog is not None:
+            self.watchdog.report(f"step {self.step + 1}: {where}")
 
-    def _stored_text(self, batch: Batch, dropped: Tensor) -> TextFeatures:
-        """Text features of the data, with those of the null caption where it is dropped."""
-        assert isinstance(self.dataset, LatentDataset)
-        assert self.dataset.null_text is not None
-        assert batch.text is not None
-        assert batch.text_mask is not None
-        assert batch.captions is not None
-        empty = torch.tensor([caption == NULL_CAPTION for caption in batch.captions])
-        null, null_mask = pad_rows([self.dataset.null_text], batch.text.shape[1])
-        features = torch.where(dropped[:, None, None], null, batch.text)
-        mask = torch.where(dropped[:, None], null_mask, batch.text_mask)
-        return TextFeatures(features, mask, dropped | empty).to(self.device)
+    def _clip_gradient(self, limit: float) -> Tensor:
+        if self.world.size == 1:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        from dit_models.parallel.gradients import clip_grad_norm_
 
-    def _masked(self, draws: Draws) -> Draws:
-        """The draws with the tokens that this step keeps, where it hides any."""
-        masking = self.config.masking
-        if not masking.ratio or self.step >= masking.unmask_from * self.config.steps:
-            return draws
-        seq_len = self.model.backbone.config.seq_len
-        kept = draw_kept_tokens(len(draws.images), seq_len, masking.ratio, self.generator)
-        return replace(draws, kept_tokens=kept.to(self.device))
+        return clip_grad_norm_(self.model.parameters(), limit, self.world)
+
+    def _observed_by_all(
+        self, observed: list[tuple[Mapping[str, Tensor], ...]]
+    ) -> Sequence[Sequence[Mapping[str, Tensor]]]:
+        group = self.world.group
+        return observed if group is None else [average_observed(observed, group)]
+
+    def _mean_losses(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over all processes; statistics of the routing are those of all of them already."""
+        scalars = [name for name in totals if name.endswith("loss")]
+        means = self.world.mean_(torch.stack([totals[name].float() for name in scalars]))
+        return totals | dict(zip(scalars, means.unbind(), strict=True))
 
     def _losses(
         self, draws: Draws, counts: list[Tensor] | None, with_routing: bool
     ) -> tuple[dict[str, Tensor], tuple[Mapping[str, Tensor], ...]]:
         """Mean losses of a micro-batch (``loss`` is minimised), and what its routers observed."""
+        self.report("forward")
         with autocast_for(self.config.precision, self.device):
             condition = self.model.condition(draws.labels, draws.captions, draws.text)
             kept = None
@@ -279,14 +299,19 @@ class Trainer:
             draws.kept_tokens,
         )
         router, terms = router_losses(
-            result.output, self.config.router_loss, counts, self._own_losses, head_losses
+            result.output,
+            self.config.router_loss,
+            counts,
+            self._own_losses,
+            head_losses,
+            process_group=self.world.group,
         )
         losses |= router
         for term in terms:
             losses["loss"] = losses["loss"] + term
         plans = result.output.plans
         if with_routing and plans:
-            losses |= routing_telemetry(plans)
+            losses |= routing_telemetry(plans, process_group=self.world.group)
         return losses, result.output.observed
 
     def _count_tokens_per_expert(self, micro_batches: list[Draws]) -> list[Tensor] | None:
@@ -308,62 +333,87 @@ class Trainer:
                 plans = self.model(noisy, draws.timesteps.float(), **condition).plans
                 parts = [plan.tokens_per_expert for plan in plans]
                 counts = [a + b for a, b in zip(counts, parts, strict=True)] if counts else parts
+        if counts and self.world.size > 1:
+            counts = list(self.world.sum_(torch.stack(counts)))
         return counts or None
 
     def save(self) -> Path:
-        """Write a checkpoint of this step."""
-        state = {
-            "config": {name: value for name, value, _ in fields_of(self.config)},
-            "optimizer": self.optimizer.state_dict(),
-            "rng": get_rng_state(self.generator),
+        """Write a checkpoint of this step; with several processes in the background.
+
+        Returns:
+            The checkpoint's directory, which appears when it is complete.
+
+        Raises:
+            OSError: one process only, when it could not be written. Where processes write in the
+                background, ``failed_saves`` says so later.
+        """
+        self.report("saving")
+        progress = {
             "loader": self.loader.state_dict(),
             "step": self.step,
             "train_seconds": self.train_seconds,
             "wall_seconds": self.wall_seconds,
         }
-        return save_checkpoint(
-            checkpoint_folder(self.run_dir),
-            self.step,
-            self.model,
-            self.ema.model,
-            state,
-            self.config.keep_checkpoints,
-        )
+        with self._unhurried():  # where the save before is still under way
+            return self.checkpoints.save(self.step, progress)
+
+    def failed_saves(self) -> list[str]:
+        """What went wrong with saves in the background since the last call."""
+        return self.checkpoints.failures()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Notice when one of several processes stands still, and end with its name.
+
+        With ``parallel.debug`` also when one exchanges other things than the others.
+        """
+        if self.world.size == 1:
+            yield
+            return
+        from moe_kernels.distributed import debug_collectives
+
+        debug = debug_collectives() if self.config.parallel.debug else nullcontext()
+        limits = (self.world.rank, self.world.size, self.config.parallel.timeout)
+        with debug, Watchdog(self.run_dir, *limits) as self.watchdog:
+            yield
+        self.watchdog = None
+
+    def finish_saving(self) -> None:
+        """Wait for the save that is under way in the background, if one is."""
+        self.report("waiting for the save")
+        with self._unhurried():
+            self.checkpoints.wait()
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint; ``False`` when there is none.
 
+        It may come from another number of processes, or another division among them.
+
         Raises:
             CheckpointError: when the checkpoint is damaged or was made with other settings.
         """
-        folder = checkpoint_folder(self.run_dir)
-        remove_unfinished(folder)
-        checkpoints = list_checkpoints(folder)
-        if not checkpoints:
+        newest = self.checkpoints.newest()
+        if newest is None:
             return False
-        newest = checkpoints[-1]
-        verify_checkpoint(newest)
-        state = load_training_state(newest)
-        self._check_same_settings(newest, state["config"])
-        load_weights(newest, "model", self.model)
-        load_weights(newest, "ema", self.ema.model)
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = self.checkpoints.load(newest)
         try:
             self.loader.load_state_dict(state["loader"])
         except ValueError as error:
             raise CheckpointError(f"{newest}: {error}") from error
-        set_rng_state(state["rng"], self.generator)
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
         self._earlier_wall_seconds = state["wall_seconds"]
         return True
 
-    def _check_same_settings(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        if different := differing_fields(saved, self.config):
-            raise CheckpointError(
-                f"{checkpoint} was made with other settings ({'; '.join(different)}). Start a new "
-                f"run with name=ANOTHER, or use the settings of {self.run_dir}/config.yaml."
-            )
+
+def check_batch(config: TrainConfig, processes: int) -> None:
+    """Raise ``ValueError`` unless each process gets micro-batches of the same size."""
+    if config.batch_size % (processes * config.accumulate):
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} "
+            f"micro-batches for each of {processes} processes; choose a multiple of "
+            f"{processes * config.accumulate}."
+        )
 
 
 def _check_caption_lengths(dataset: ImageDataset, max_length: int) -> None:
@@ -379,25 +429,3 @@ def _check_caption_lengths(dataset: ImageDataset, max_length: int) -> None:
             f"the caption {longest[:40]!r}... has {len(longest.encode())} bytes; text.max_length="
             f"{max_length} leaves {max_length - 2}. Set text.max_length, or shorten the caption."
         )
-
-
-class Stopwatch:
-    """Adds the time of training steps, and of nothing else, to ``trainer.train_seconds``.
-
-    A GPU works on after a step returns, so each reading waits for it first.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._since = time.perf_counter()
-
-    def lap(self) -> None:
-        """Count the time since the last ``lap`` or ``skip`` as training."""
-        if self._trainer.device.type == "cuda":
-            torch.cuda.synchronize(self._trainer.device)
-        self._trainer.train_seconds += time.perf_counter() - self._since
-        self._since = time.perf_counter()
-
-    def skip(self) -> None:
-        """Leave out the time since the last ``lap``: it was spent on something else."""
-        self._since = time.perf_counter()

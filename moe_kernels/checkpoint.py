@@ -6,10 +6,11 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from moe_kernels.ops import route
+from moe_kernels.ops.operator import Operator
 
 # The routers of the compiled backends are one op each. Every selection of the reference is a sort;
 # all other index tensors follow from its result.
-_ROUTERS = (route.token_choice, route.expert_choice)
+_SAVED = [route.token_choice, route.expert_choice]
 _SORTS = (
     torch.ops.aten.sort.default,
     torch.ops.aten.sort.stable,
@@ -18,8 +19,13 @@ _SORTS = (
 )
 
 
+def always_save(*operators: Operator) -> None:
+    """Add ops whose results are saved wherever the routing is."""
+    _SAVED.extend(operators)
+
+
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op in _SORTS or any(router.owns(op) for router in _ROUTERS):
+    if op in _SORTS or any(operator.owns(op) for operator in _SAVED):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

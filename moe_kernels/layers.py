@@ -1,7 +1,9 @@
 """``nn.Module`` s: routers, grouped experts, and the MoE layer that is built from them."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,10 @@ from moe_kernels.expert_mlp import ACTIVATIONS, expert_mlp
 from moe_kernels.plan import RoutingPlan
 from moe_kernels.router import expert_choice, token_choice
 
+if TYPE_CHECKING:
+    from moe_kernels.distributed.expert_parallel import ParallelRun
+    from moe_kernels.distributed.pools import SharedPool
+
 
 class LinearRouter(nn.Module):
     """What routers share: a linear map without bias, in fp32 whatever the input and autocast say.
@@ -21,9 +27,16 @@ class LinearRouter(nn.Module):
         hidden_size: D of the tokens that are routed.
         num_experts: E.
         in_features: width of what ``logits`` reads; D where it reads the tokens.
+
+    Attributes:
+        pools_batch: whether all tokens of a batch compete in training; such a router chooses from
+            ``training_pool`` where there is one.
+        shared_pool: set by ``moe_kernels.distributed.share_pools``.
     """
 
     routing: dict[str, Any]
+    pools_batch: bool = False
+    shared_pool: "SharedPool | None" = None
 
     def __init__(
         self,
@@ -52,6 +65,11 @@ class LinearRouter(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.flatten(0, -2).to(dtype), self.weight.to(dtype))
+
+    @property
+    def training_pool(self) -> "SharedPool | None":
+        """The pool of all ranks; ``None`` without one, and in ``eval()``."""
+        return self.shared_pool if self.training else None
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -95,6 +113,7 @@ class ExpertChoiceRouter(LinearRouter):
             capacity_factor = 2.0
         self.capacity_factor = capacity_factor
         self.group = group
+        self.pools_batch = group == "batch"
         self.routing = {
             "capacity": capacity,
             "affinity": affinity,
@@ -110,6 +129,8 @@ class ExpertChoiceRouter(LinearRouter):
         batch_size, seq_len = x.shape[:2]
         num_groups = num_pools(self.group, batch_size, seq_len)
         options: dict[str, Any] = self.routing
+        if (pool := self.training_pool) is not None:
+            return pool.expert_choice(self.logits(x), self.capacity_factor, **options)
         return expert_choice(self.logits(x), self.capacity_factor, num_groups=num_groups, **options)
 
     def extra_repr(self) -> str:
@@ -215,6 +236,8 @@ class GroupedExperts(nn.Module):
     up_proj_bias: Tensor | None
     gate_up_proj_bias: Tensor | None
     down_proj_bias: Tensor | None
+    # How to run when each rank has its own experts: ``moe_kernels.distributed.shard_experts``.
+    parallel: "ParallelRun | None" = None
 
     def __init__(
         self,
@@ -254,6 +277,9 @@ class GroupedExperts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Each expert as Xavier-uniform ``nn.Linear`` matrices (gate and up apart), zero biases."""
+        if self.parallel is not None:
+            self.parallel.reset_parameters(self)
+            return
         w_in = self.get_parameter(self._in_name)
         halves = w_in.chunk(2, dim=1) if self.activation == "swiglu" else (w_in,)
         with torch.no_grad():
@@ -265,16 +291,47 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor, plan: RoutingPlan, shared: Tensor | None = None) -> Tensor:
-        """(T, D) tokens and their plan to (T, D), with ``shared`` (T, D) added."""
+    def forward(
+        self,
+        x: Tensor,
+        plan: RoutingPlan,
+        shared: Tensor | Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """(T, D) tokens and their plan to (T, D), with ``shared`` (T, D) added.
+
+        A function in its place is called for it; parallel experts do so while rows travel.
+        """
+        if self.parallel is not None:
+            return self.parallel(self, x, plan, shared)
+        term = shared() if callable(shared) else shared
+        return self.compute(x, plan, self.weights(), term)
+
+    def weights(self) -> list[Tensor | None]:
+        """``w_in``, ``w_out``, ``bias_in`` and ``bias_out`` of ``expert_mlp``."""
+        return [
+            getattr(self, self._in_name),
+            self.down_proj,
+            getattr(self, f"{self._in_name}_bias"),
+            self.down_proj_bias,
+        ]
+
+    def compute(
+        self,
+        x: Tensor,
+        plan: RoutingPlan,
+        weights: list[Any],
+        shared: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` with the weights that are given, for the plan's experts."""
+        w_in, w_out, bias_in, bias_out = weights
         return expert_mlp(
             x,
             plan,
-            getattr(self, self._in_name),
-            self.down_proj,
+            w_in,
+            w_out,
             activation=self.activation,
-            bias_in=getattr(self, f"{self._in_name}_bias"),
-            bias_out=self.down_proj_bias,
+            bias_in=bias_in,
+            bias_out=bias_out,
             shared=shared,
         )
 
@@ -405,5 +462,15 @@ class MoE(nn.Module):
             )
         plan = self.router(x)
         tokens = x.flatten(0, 1)
-        shared = None if self.shared_expert is None else self.shared_expert(tokens)
-        return self.experts(tokens, plan, shared).view_as(x), plan
+        return self.experts(tokens, plan, self.shared_term(tokens)).view_as(x), plan
+
+    def shared_term(self, tokens: Tensor) -> Tensor | Callable[[], Tensor] | None:
+        """The shared expert's output for (T, D) tokens, which the experts add to theirs.
+
+        Parallel experts get a function instead: they call it while rows travel.
+        """
+        if self.shared_expert is None:
+            return None
+        if self.experts.parallel is not None:
+            return partial(self.shared_expert, tokens)
+        return self.shared_expert(tokens)

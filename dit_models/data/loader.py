@@ -59,14 +59,15 @@ class _ByPosition(Dataset[Sample]):
 class _BatchPositions(Sampler[list[int]]):
     """Lists of positions, from batch ``start`` on, without end."""
 
-    def __init__(self, batch_size: int, start: int) -> None:
+    def __init__(self, batch_size: int, start: int, part: range) -> None:
         self.batch_size = batch_size
         self.start = start
+        self.part = part
 
     def __iter__(self) -> Iterator[list[int]]:
         number = self.start
         while True:
-            yield list(range(number * self.batch_size, (number + 1) * self.batch_size))
+            yield [number * self.batch_size + place for place in self.part]
             number += 1
 
 
@@ -84,6 +85,7 @@ class BatchLoader:
         seed: at least 0.
         num_workers: processes that prepare batches ahead; 0 prepares them on the spot.
         start: number of the first batch.
+        part: which samples of every batch are loaded, where processes share it; ``None`` = all.
 
     Attributes:
         position: number of the batch that comes next.
@@ -99,6 +101,7 @@ class BatchLoader:
         seed: int = 0,
         num_workers: int = 0,
         start: int = 0,
+        part: slice | None = None,
     ) -> None:
         if len(dataset) < 1:
             raise ValueError(f"the data set {dataset.info.name!r} is empty")
@@ -112,6 +115,7 @@ class BatchLoader:
         self.seed = seed
         self.num_workers = num_workers
         self.position = start
+        self._part = range(batch_size)[part or slice(None)]
         self._samples = _ByPosition(dataset, seed)
         self._stream: Iterator[Batch] | None = None
 
@@ -131,7 +135,7 @@ class BatchLoader:
     def batch(self, number: int) -> Batch:
         """Batch ``number``, made here and now; the loader's position stays."""
         first = number * self.batch_size
-        samples = [self._samples[p] for p in range(first, first + self.batch_size)]
+        samples = [self._samples[first + place] for place in self._part]
         return collate(samples, self.dataset.info)
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,7 +172,7 @@ class BatchLoader:
     def _start_workers(self) -> Iterator[Batch]:
         loader = DataLoader(
             self._samples,
-            batch_sampler=_BatchPositions(self.batch_size, self.position),
+            batch_sampler=_BatchPositions(self.batch_size, self.position, self._part),
             num_workers=self.num_workers,
             collate_fn=partial(collate, info=self.dataset.info),
             # Its own generator: DataLoader otherwise draws a worker seed from the global one.

@@ -21,6 +21,7 @@ from dit_models.routing.threshold import RunningThreshold, check_decay, check_in
 
 if TYPE_CHECKING:
     from dit_models.model_config import ModelConfig
+    from moe_kernels import distributed
 
 Inference = Literal["batch_topk", "threshold"]
 
@@ -57,13 +58,16 @@ class DiffMoEOptions:
 class DiffMoERouter(Router):
     """Expert choice over all B·S tokens in training; by predicted scores in inference.
 
-    Training: C = max(1, round(B S f_c / E)). A predictor, Linear(D, D)-SiLU-Linear(D, E) on the
-    detached token, learns by binary cross-entropy which experts choose the token; the threshold of
-    an expert is the running mean of its C-th largest sigmoid score. Scores are in fp32.
+    Training: C = max(1, round(B S f_c / E)), B counting all ranks that share a pool.
+    A predictor, Linear(D, D)-SiLU-Linear(D, E) on the detached token, learns by binary
+    cross-entropy which experts choose the token; the threshold of an expert is the running mean of
+    its C-th largest sigmoid score. Scores are in fp32.
 
     In inference the number of rows follows from the tokens, so every MoE layer waits once for the
     device to count them (and ``torch.compile`` breaks its graph there).
     """
+
+    pools_batch = True
 
     def __init__(self, config: "ModelConfig", options: DiffMoEOptions, **factory: Any) -> None:
         super().__init__(config.hidden_size, config.num_experts, **factory)
@@ -105,6 +109,8 @@ class DiffMoERouter(Router):
         return tokens
 
     def _choose_by_capacity(self, logits: Tensor, scores: Tensor) -> LayerRouting:
+        if self.training_pool is not None:
+            return self._choose_from_all_ranks(self.training_pool, logits, scores)
         options: dict[str, Any] = {**self.routing, **self.rounding}
         plan = mk.expert_choice(logits, self.capacity_factor, num_groups=1, **options)
         assert plan.capacity is not None
@@ -112,6 +118,26 @@ class DiffMoERouter(Router):
         chosen = torch.zeros_like(scores.T).scatter(1, taken, 1.0).T  # (T, E)
         loss = F.binary_cross_entropy_with_logits(scores, chosen)
         smallest = scores.detach().topk(plan.capacity, dim=0).values[-1]  # (E,)
+        return LayerRouting(plan, {"capacity_predictor": loss}, {"threshold": smallest.sigmoid()})
+
+    def _choose_from_all_ranks(
+        self, pool: "distributed.SharedPool", logits: Tensor, scores: Tensor
+    ) -> LayerRouting:
+        """The same from the tokens of all ranks; the mean of their losses is that of the pool."""
+        num_tokens = pool.num_tokens(logits)
+        rounding: dict[str, Any] = self.rounding
+        capacity = mk.expert_capacity(
+            num_tokens, self.num_experts, self.capacity_factor, **rounding
+        )
+        plan = pool.expert_choice(
+            logits, capacity=capacity, num_tokens_global=num_tokens, **self.routing
+        )
+        chosen = torch.zeros_like(scores).index_put(
+            (plan.token_indices, plan.expert_of_row), scores.new_ones(())
+        )
+        loss = F.binary_cross_entropy_with_logits(scores, chosen, reduction="sum")
+        loss = loss * (pool.num_ranks / max(num_tokens * self.num_experts, 1))
+        smallest = pool.kth_largest(scores, max(capacity, 1))  # (E,)
         return LayerRouting(plan, {"capacity_predictor": loss}, {"threshold": smallest.sigmoid()})
 
     def _choose_by_prediction(

@@ -46,6 +46,7 @@ class ScheduledRouter(Router):
         self.options = options
         self.capacity_factor = options.layer_factor(config, moe_layer)
         self.group = config.group
+        self.pools_batch = config.group == "batch"
         self.rounding = {"rounding": config.rounding, "multiple_of": config.capacity_multiple_of}
         self.routing = {
             "affinity": config.affinity,
@@ -70,6 +71,8 @@ class ScheduledRouter(Router):
             num_groups = mk.num_pools(self.group, batch_size, seq_len)
             factor = self.factor()
             rounding: dict[str, Any] = self.rounding
+            if (pool := self.training_pool) is not None:
+                return pool.expert_choice(router_logits, factor, **options, **rounding)
             return mk.expert_choice(
                 router_logits, factor, num_groups=num_groups, **options, **rounding
             )

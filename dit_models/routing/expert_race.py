@@ -72,6 +72,8 @@ class ExpertRaceRouter(Router):
     the tokens, so every MoE layer waits once for the device to count them.
     """
 
+    pools_batch = True
+
     def __init__(self, config: "ModelConfig", options: ExpertRaceOptions, **factory: Any) -> None:
         super().__init__(config.hidden_size, config.num_experts, **factory)
         self.inference = options.inference
@@ -95,11 +97,18 @@ class ExpertRaceRouter(Router):
         if not self.training and self.inference == "threshold":
             won = self._scores(logits) >= self.threshold.value
             return LayerRouting(mk.plan_from_selection(won, logits, **options))
-        num_rows = max(1, round(logits.shape[0] * self.experts_per_token))
-        plan = mk.pair_choice(logits, num_rows, **options)
-        if not self.training:
-            return LayerRouting(plan)
-        smallest = self._scores(logits).detach().flatten().topk(num_rows).values[-1]
+        if (pool := self.training_pool) is not None:
+            num_tokens = pool.num_tokens(logits)
+            num_rows = max(1, round(num_tokens * self.experts_per_token))
+            plan, smallest = pool.pair_choice(
+                logits, num_rows, num_tokens_global=num_tokens, **options
+            )
+        else:
+            num_rows = max(1, round(logits.shape[0] * self.experts_per_token))
+            plan = mk.pair_choice(logits, num_rows, **options)
+            if not self.training:
+                return LayerRouting(plan)
+            smallest = self._scores(logits).detach().flatten().topk(num_rows).values[-1]
         prediction = None if self.layer_head is None else self.layer_head(x)
         return LayerRouting(plan, observed={"threshold": smallest}, prediction=prediction)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import moe_kernels as mk
 from dit_models.routing.base import LayerRouting, Router
@@ -35,6 +35,34 @@ def set_progress(model: nn.Module, progress: float) -> None:
     for router in routers_of(model):
         if isinstance(router, Router):
             router.set_progress(progress)
+
+
+@torch.no_grad()
+def average_observed(
+    micro_batches: Sequence[Sequence[Mapping[str, Tensor]]],
+    process_group: distributed.ProcessGroup,
+) -> tuple[dict[str, Tensor], ...]:
+    """What all ranks observed in a step: the mean over ranks and micro-batches, in one message.
+
+    Args:
+        micro_batches: ``DiTOutput.observed`` of each micro-batch of the step on this rank, of
+            equal size on every rank.
+        process_group: the ranks that share the batch.
+
+    Returns:
+        For each layer the means, in fp64, the same on every rank: one micro-batch of
+        ``update_routers``.
+    """
+    from moe_kernels import distributed as ranks
+
+    # In fp64, so that the mean of equal values is that value.
+    means = [
+        {name: torch.stack([each[name].double() for each in seen]).mean(0) for name in seen[0]}
+        for seen in zip(*micro_batches, strict=True)
+    ]
+    sums = iter(ranks.sum_over_ranks([v for mean in means for v in mean.values()], process_group))
+    size = distributed.get_world_size(process_group)
+    return tuple({name: next(sums) / size for name in mean} for mean in means)
 
 
 @torch.no_grad()

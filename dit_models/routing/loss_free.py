@@ -70,8 +70,11 @@ class LossFreeRouter(Router):
 
     def update(self, observed: Mapping[str, Tensor]) -> None:
         """Raise the bias of experts below the mean load, lower that of those above."""
-        load = observed["load"]
-        step = self.bias_update_rate * torch.sign(load.mean() - load)
+        load = observed["load"].double()
+        missing = load.mean() - load
+        # A mean over micro-batches or ranks is rounded: what is left of 0 must stay 0.
+        missing = torch.where(missing.abs() > 1e-6 * load.mean(), missing, 0.0)
+        step = self.bias_update_rate * torch.sign(missing)
         self.selection_bias.add_(step.to(self.selection_bias.dtype))
 
     def reset_parameters(self) -> None:

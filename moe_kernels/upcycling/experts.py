@@ -1,5 +1,7 @@
 """Experts with an activation that the fused expert MLP does not have."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,16 +50,22 @@ class UnfusedExperts(GroupedExperts):
         self.elementwise = elementwise
         self.gated = gated
 
-    def forward(self, x: Tensor, plan: RoutingPlan, shared: Tensor | None = None) -> Tensor:
-        """(T, D) tokens and their plan to (T, D), with ``shared`` (T, D) added."""
+    def compute(
+        self,
+        x: Tensor,
+        plan: RoutingPlan,
+        weights: list[Any],
+        shared: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` with the weights that are given, for the plan's experts."""
+        w_in, w_out, bias_in, bias_out = weights
         equal = plan.rows_per_expert
         offsets = plan.expert_offsets
         rows = dispatch(x, plan)  # (R, D)
-        h = grouped_gemm(rows, getattr(self, self._in_name), offsets, rows_per_expert=equal)
-        bias_in = getattr(self, f"{self._in_name}_bias")
+        h = grouped_gemm(rows, w_in, offsets, rows_per_expert=equal)
         a = activate(add_bias(h, bias_in, plan), self.elementwise, self.gated).to(h.dtype)
-        y = grouped_gemm(a, self.down_proj, offsets, rows_per_expert=equal)  # (R, D)
-        return combine(add_bias(y, self.down_proj_bias, plan), plan, shared=shared).to(x.dtype)
+        y = grouped_gemm(a, w_out, offsets, rows_per_expert=equal)  # (R, D)
+        return combine(add_bias(y, bias_out, plan), plan, shared=shared).to(x.dtype)
 
     def extra_repr(self) -> str:
         experts, hidden_size, intermediate_size = self.down_proj.shape

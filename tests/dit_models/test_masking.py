@@ -336,19 +336,19 @@ def test_the_stage_ends_where_it_should_and_drawing_sees_every_patch(tmp_path):
 
 def test_without_masking_no_random_number_is_drawn_and_nothing_is_passed_on(tmp_path):
     trainer = Trainer(tiny_config(tmp_path), tmp_path)
-    draws = trainer._draw(next(trainer.loader))
+    draws = trainer.randomness.draw(next(trainer.loader))
     before = trainer.generator.get_state()
-    assert trainer._masked(draws) is draws
+    assert trainer.randomness.masked(draws, trainer.step) is draws
     assert torch.equal(trainer.generator.get_state(), before)
     assert draws.kept_tokens is None
 
 
 def test_the_runs_own_generator_decides_what_is_kept(tmp_path):
     trainer = Trainer(tiny_config(tmp_path, *MASKED), tmp_path)
-    draws = trainer._draw(next(trainer.loader))
+    draws = trainer.randomness.draw(next(trainer.loader))
     expected = draw_kept_tokens(8, 64, 0.5, trainer.generator.clone_state())
     torch.manual_seed(99)
-    assert torch.equal(trainer._masked(draws).kept_tokens, expected)
+    assert torch.equal(trainer.randomness.masked(draws, trainer.step).kept_tokens, expected)
 
 
 @pytest.mark.parametrize("target", ["noisy", "clean"])
@@ -359,8 +359,8 @@ def test_the_hidden_patches_loss_is_logged_and_added(tmp_path, target):
     # A new model predicts the final layer's bias alone.
     bias = trainer.model.backbone.final_layer.linear.bias.detach().view(2, 2).repeat(8, 8)
     seen = []
-    masked = trainer._masked
-    trainer._masked = lambda draws: seen.append(masked(draws)) or seen[-1]
+    masked = trainer.randomness.masked
+    trainer.randomness.masked = lambda *given: seen.append(masked(*given)) or seen[-1]
     losses = trainer.train_step()
     (draws,) = seen
     total = losses["diffusion_loss"] + 0.25 * losses["reconstruction_loss"]

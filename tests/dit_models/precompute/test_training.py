@@ -133,7 +133,7 @@ def test_dropped_text_is_the_null_caption(root, tmp_path):
     for dropout in (0.0, 1.0):
         config = on_captions(root, tmp_path, f"condition_dropout={dropout}")
         trainer = Trainer(config, tmp_path)
-        draws.append(trainer._draw(trainer.loader.batch(0)).text)
+        draws.append(trainer.randomness.draw(trainer.loader.batch(0)).text)
     kept, dropped = draws
     assert dropped.is_null.all()
     assert dropped.mask.sum(1).tolist() == [1] * 8
@@ -150,7 +150,7 @@ def test_the_byte_encoder_reads_the_stored_captions(root, tmp_path):
     config = on_captions(root, tmp_path, *bytes_words)
     trainer = Trainer(config, tmp_path)
     run_steps(trainer, 1)
-    assert trainer._draw(trainer.loader.batch(0)).captions is not None
+    assert trainer.randomness.draw(trainer.loader.batch(0)).captions is not None
     short = on_captions(root, tmp_path, *bytes_words, "text.max_length=12")
     with pytest.raises(ValueError, match=r"'one two three four'... has 18 bytes; text.max_length"):
         Trainer(short, tmp_path)

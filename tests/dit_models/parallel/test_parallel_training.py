@@ -1,0 +1,187 @@
+"""Training on several processes: the same run as on one, whatever the division."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_models.checkpoints import CheckpointError
+from dit_models.config import TrainConfig
+from dit_models.train import train
+from dit_models.trainer import Trainer, check_batch
+
+from ...ranks import run_outcomes, run_ranks
+from ..training import tiny_config
+
+# Enough to see the weights that the first steps made, and no drawing at the end.
+SHORT = ("optimizer.lr=1e-3", "stop_at=4", "save_every=100", "evaluation.enabled=false")
+Run = tuple[Path, str, tuple[str, ...]]
+
+
+def _train(*runs: Run) -> None:
+    for run_dir, recipe, overrides in runs:
+        assert train(tiny_config(run_dir, *SHORT, *overrides, recipe=recipe)) == 0
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def differences(run_dir: Path, other_dir: Path) -> dict[str, float]:
+    """The largest relative difference of each value that two runs logged."""
+    ours, theirs = metrics(run_dir), metrics(other_dir)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] != []
+    largest: dict[str, float] = {}
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine.keys() - {"step", "steps_per_second"}:
+            a, b = (torch.tensor(value, dtype=torch.float64) for value in (mine[name], other[name]))
+            error = float((a - b).norm() / b.norm().clamp_min(1e-12))
+            largest[name] = max(largest.get(name, 0.0), error)
+    return largest
+
+
+DIVISIONS = [
+    ("digits", (), ["expert=1", "data=4,expert=2", "expert=4", "replicate=2,expert=2"]),
+    ("digits", ("model_options.group=batch", "gradient_checkpointing=true"), ["expert=2"]),
+    ("digits", ("masking.ratio=0.5", "model_options.mask_decoder_depth=1"), ["expert=2"]),
+    ("digits-token-choice", (), ["expert=2,debug=true", "replicate=4,reshard_after_forward=false"]),
+    ("digits-token-choice", ("accumulate=2",), ["expert=4"]),
+    ("digits-loss-free", (), ["expert=4"]),
+    ("digits-diffmoe", (), ["expert=2"]),
+    ("digits-expert-race", (), ["expert=2"]),
+    ("digits-decoupled", ("optimizer.kind=rmsprop",), ["expert=2"]),
+    ("digit-scenes", ("text.max_length=64",), ["expert=2"]),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options", "divisions"), DIVISIONS)
+def test_four_processes_follow_the_losses_of_one(
+    tmp_path: Path, recipe: str, options: tuple[str, ...], divisions: list[str]
+) -> None:
+    _train((tmp_path / "one", recipe, options))
+    runs: list[Run] = []
+    for division in divisions:
+        parts = tuple(f"parallel.{part}" for part in division.split(","))
+        runs.append((tmp_path / division, recipe, (*options, *parts)))
+    run_ranks(_train, 4, *runs)
+    for division in divisions:
+        found = differences(tmp_path / division, tmp_path / "one")
+        assert found["loss"] < 1e-6
+        assert max(found.values()) < 1e-4, (division, found)
+
+
+def test_bf16_products_follow_one_process_with_autocast(tmp_path: Path) -> None:
+    _train((tmp_path / "one", "digits", ("precision=bf16",)))
+    run_ranks(_train, 4, (tmp_path / "four", "digits", ("precision=bf16", "parallel.expert=2")))
+    found = differences(tmp_path / "four", tmp_path / "one")
+    # Products are rounded to 8 bits; a gradient that is summed over processes is rounded earlier.
+    assert found["loss"] < 1e-4
+    assert found["grad_norm"] < 1e-2
+
+
+def test_blocks_are_compiled_one_by_one(tmp_path: Path) -> None:
+    options = ("compile=true", "parallel.expert=2", "stop_at=2")
+    recomputed = (*options, "gradient_checkpointing=true")
+    _train((tmp_path / "one", "digits", ("stop_at=2",)))
+    runs = ((tmp_path / "two", "digits", options), (tmp_path / "again", "digits", recomputed))
+    run_ranks(_train, 2, *runs, timeout=300)
+    for name in ("two", "again"):
+        assert max(differences(tmp_path / name, tmp_path / "one").values()) < 1e-4
+
+
+def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
+    _train((tmp_path / "one", "digits", ("stop_at=6",)))
+    many = tmp_path / "many"
+    for count, stop_at, division in ((4, 2, 2), (2, 3, 1), (1, 4, 1), (4, 5, 4), (2, 6, 2)):
+        run: Run = (many, "digits", (f"stop_at={stop_at}", f"parallel.expert={division}"))
+        if count == 1:
+            _train((many, "digits", (f"stop_at={stop_at}",)))
+        else:
+            run_ranks(_train, count, run)
+    assert max(differences(many, tmp_path / "one").values()) < 1e-4
+
+
+def _finish(run_dir: Path) -> None:
+    assert train(tiny_config(run_dir, "save_every=100", "parallel.expert=2")) == 0
+
+
+def test_several_processes_draw_and_evaluate_together(tmp_path: Path) -> None:
+    run_ranks(_finish, 2, tmp_path / "two")
+    assert train(tiny_config(tmp_path / "one", "save_every=100")) == 0
+    ours, theirs = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("two", "one"))
+    assert ours["processes"] == 2
+    # Three steps of a larger learning rate apart, and an image may round to another level.
+    assert ours["class_accuracy"] == pytest.approx(theirs["class_accuracy"], abs=0.11)
+    assert ours["frechet_distance"] == pytest.approx(theirs["frechet_distance"], rel=1e-2)
+    assert ours["parameters_total"] == theirs["parameters_total"]
+    assert (tmp_path / "two" / "samples.png").is_file()
+    assert (tmp_path / "two" / "expert_load.png").is_file()
+
+
+def _refused(run_dir: Path, overrides: tuple[str, ...]) -> str:
+    try:
+        train(tiny_config(run_dir, *SHORT, *overrides))
+    except (ValueError, CheckpointError) as error:
+        return str(error)
+    return "was not refused"
+
+
+def test_pools_of_each_process_are_asked_for_by_name(tmp_path: Path) -> None:
+    options = ("model_options.group=batch", "save_every=2")
+    local = (*options, "parallel.pool=local")
+    run_ranks(
+        _train, 2, (tmp_path / "global", "digits", options), (tmp_path / "local", "digits", local)
+    )
+    found = differences(tmp_path / "local", tmp_path / "global")
+    assert found["mean_prob"] > 1e-6
+    # What each process's own images decided does not go on with another number of processes.
+    longer = (*local, "stop_at=5")
+    message = _refused(tmp_path / "local", longer)
+    assert "was made by 2 processes, and 1 go on" in message
+    run_ranks(_train, 2, (tmp_path / "local", "digits", longer))
+
+
+def test_uneven_batches_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    config = TrainConfig(name="x", batch_size=24, accumulate=2)
+    check_batch(config, 4)
+    with pytest.raises(ValueError, match="batch_size=24 does not divide into accumulate=2"):
+        check_batch(config, 8)
+
+
+def _config_errors(run_dir: Path) -> list[str]:
+    return [
+        _refused(run_dir, (override,))
+        for override in ("parallel.data=3", "parallel.expert=4", "batch_size=7")
+    ]
+
+
+def test_a_wrong_division_is_an_error_in_every_process(tmp_path: Path) -> None:
+    for messages in run_ranks(_config_errors, 2, tmp_path / "run"):
+        assert "parallel.data=3, and 2 processes started" in messages[0]
+        assert "does not divide the 2 processes" in messages[1]
+        assert "batch_size=7 does not divide" in messages[2]
+
+
+def _fail_in_the_lead(run_dir: Path) -> None:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "other.txt").write_text("not a run")
+    train(tiny_config(run_dir, *SHORT))
+
+
+def test_only_the_first_process_says_what_it_finds_wrong(tmp_path: Path) -> None:
+    first, second = run_outcomes(_fail_in_the_lead, 2, tmp_path / "run")
+    assert "is not empty and not the folder of a run" in first.error
+    assert second.error.strip().endswith("SystemExit: 1")
+
+
+def test_one_process_needs_no_torch_distributed_of_its_own(tmp_path: Path) -> None:
+    assert "WORLD_SIZE" not in os.environ
+    trainer = Trainer(tiny_config(tmp_path, "parallel.timeout=1"), tmp_path)
+    assert trainer.checkpoints.writer is None
+    with trainer.watched():
+        assert trainer.watchdog is None
