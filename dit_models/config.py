@@ -234,7 +234,7 @@ class TrainConfig:
         _at_least("parallel.data", self.parallel.data, 0)
         _at_least("parallel.expert", self.parallel.expert, 1)
         _at_least("parallel.replicate", self.parallel.replicate, 1)
-        _between("parallel.timeout", self.parallel.timeout, 0, math.inf)
+        _between("parallel.timeout", self.parallel.timeout, 0, 1e6)
         if not self.data.name:
             raise ValueError('data.name is empty; expected "digits", "digit-scenes" or a folder.')
         if self.objective.logit_std <= 0:

@@ -108,6 +108,12 @@ def differing_fields(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     return different
 
 
+def shared_fields(config: TrainConfig) -> dict[str, Any]:
+    """The fields that all processes of a run must have alike; paths may differ between machines."""
+    own = ("run_dir", "device", "data.num_workers", "data.vae", "text.cache")
+    return {name: value for name, value, _ in fields_of(config) if name not in own}
+
+
 def _steps_only_end(config: TrainConfig) -> bool:
     """Whether ``steps`` says where a run ends and changes nothing before."""
     routing = config.model_options.get("routing_options") or {}

@@ -9,10 +9,15 @@ class StopRequest:
     """Context in which the first SIGINT or SIGTERM only sets ``signal_number``.
 
     A second one acts as usual, for those who cannot wait.
+
+    Args:
+        repeated: whether a second one does nothing, as for a process of torchrun: a scheduler's
+            SIGTERM to all processes comes again from torchrun, which in the end sends SIGKILL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeated: bool = False) -> None:
         self.signal_number: int | None = None
+        self._repeated = repeated
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -30,7 +35,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        self._restore()
+        if not self._repeated:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

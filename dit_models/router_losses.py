@@ -35,7 +35,8 @@ def router_losses(
             batch of all ranks (in one message), so scaled that the mean over ranks of what is
             returned is the loss in one process, gradients included. Losses by sequence, the
             routing's own and those of heads are means over images, and so need as many images on
-            every rank for that.
+            every rank for that; where a sequence is the pool of the whole batch (group="batch",
+            DiffMoE), the loss by sequence is that of each rank's part of it.
 
     Returns:
         Each loss without its coefficient, summed over the layers, for the log; and each with its

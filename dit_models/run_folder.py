@@ -1,11 +1,13 @@
 """The folder of a run: where things are, and how to load its averaged model."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -24,7 +26,6 @@ from dit_models.config_io import load_config
 from dit_models.data import DatasetInfo
 from dit_models.drawing import Artist
 from dit_models.metrics import METRICS_NAME
-from dit_models.parallel.heartbeats import FOLDER_NAME as HEARTBEATS_NAME
 from dit_models.pretrained import is_pretrained, load_pretrained, read_pretrained
 from dit_models.vae import decoder_of
 
@@ -63,8 +64,22 @@ def checkpoint_folder(run_dir: Path) -> Path:
 
 def holds_other_files(run_dir: Path) -> bool:
     """Whether a folder has files but no run, so that training into it could overwrite them."""
-    names = {path.name for path in run_dir.iterdir()} - {_LOCK_NAME, HEARTBEATS_NAME}
+    # Hidden are the lock, the heartbeats, and what a process left that was killed at the start.
+    names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
     return bool(names) and METRICS_NAME not in names
+
+
+_locks: set[TextIO] = set()
+
+
+def _leave_locks_to_the_parent() -> None:
+    """In a forked process, which may outlive the one that trains."""
+    for stream in _locks:
+        stream.close()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 @contextmanager
@@ -82,7 +97,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
                 raise CheckpointError(
                     f"another process is training in {run_dir}; choose another name or wait."
                 ) from error
-        yield
+        _locks.add(stream)
+        try:
+            yield
+        finally:
+            _locks.discard(stream)
 
 
 @dataclass(frozen=True)

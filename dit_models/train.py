@@ -26,6 +26,7 @@ from dit_models.config_io import (
     help_text,
     load_config,
     save_config,
+    shared_fields,
 )
 from dit_models.count import count_model
 from dit_models.drawing import example_prompts
@@ -34,6 +35,7 @@ from dit_models.extras import require
 from dit_models.interrupt import StopRequest
 from dit_models.metrics import MetricsLog, read_metrics
 from dit_models.panels import record_routing, save_expert_load, save_experts_per_token, save_grid
+from dit_models.parallel.heartbeats import FOLDER_NAME as HEARTBEATS_NAME
 from dit_models.parallel.watchdog import RankLost
 from dit_models.parallel.world import World, join_world
 from dit_models.recipes import DEFAULT_RECIPE, RECIPES
@@ -62,7 +64,8 @@ def train(config: TrainConfig) -> int:
         number after Ctrl-C or SIGTERM.
     """
     run_dir = run_dir_of(config)
-    with join_world(config.parallel, config.device) as world, ExitStack() as stack:
+    settings = shared_fields(config)
+    with join_world(config.parallel, config.device, settings) as world, ExitStack() as stack:
         if not world.is_main:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         if world.lead(partial(_begin, config, run_dir, stack)):
@@ -92,8 +95,10 @@ def _train_locked(config: TrainConfig, run_dir: Path, world: World) -> int:
         went_on = trainer.resume()
         logs: list[MetricsLog] = []  # of the first process alone
         world.lead(lambda: logs.append(_open_log(trainer, went_on)))
+        if trainer.why_no_samples:
+            print(f"Training without sample grids: {trainer.why_no_samples}")
         try:
-            with StopRequest() as stop:
+            with StopRequest(repeated=world.size > 1) as stop:
                 signal_number = _loop(trainer, logs, stop)
         finally:
             for log in logs:
@@ -115,7 +120,7 @@ def _open_log(trainer: Trainer, went_on: bool) -> MetricsLog:
     if went_on:
         print(f"Going on with {run_dir} at step {trainer.step}.")
     else:
-        _check_nothing_is_lost(run_dir, config)
+        _check_nothing_is_lost(trainer)
         print(f"New run in {run_dir}.")
     log = MetricsLog(run_dir, trainer.step)
     save_config(trainer.config, run_dir / CONFIG_NAME)
@@ -128,8 +133,6 @@ def _open_log(trainer: Trainer, went_on: bool) -> MetricsLog:
     )
     if trainer.world.size > 1:
         print(trainer.world.describe())
-    if trainer.why_no_samples:
-        print(f"Training without sample grids: {trainer.why_no_samples}")
     return log
 
 
@@ -158,10 +161,13 @@ def _is_complete(config: TrainConfig, run_dir: Path) -> bool:
     return True
 
 
-def _check_nothing_is_lost(run_dir: Path, config: TrainConfig) -> None:
+def _check_nothing_is_lost(trainer: Trainer) -> None:
     """Refuse to start over where a run had got past its first checkpoint."""
+    run_dir = trainer.run_dir
     lines = read_metrics(run_dir)
-    if lines and lines[-1]["step"] > config.save_every:
+    # Several processes write it in the background, until the next save waits for it at the latest.
+    in_background = trainer.world.size > 1 or (run_dir / HEARTBEATS_NAME).exists()
+    if lines and lines[-1]["step"] > trainer.config.save_every * (1 + in_background):
         raise CheckpointError(
             f"{run_dir} has metrics up to step {lines[-1]['step']} but no checkpoint. Put its "
             "checkpoints back, or start a new run with name=ANOTHER."
@@ -244,6 +250,7 @@ def _save_last(trainer: Trainer, values: dict[str, Any]) -> None:
         OSError: it could not be written.
     """
     _require_finite(trainer, values)
+    trainer.finish_saving()  # of an earlier one, whose failure is only a warning
     _warn_of_failed_saves(trainer)
     trainer.save()
     trainer.finish_saving()
@@ -399,8 +406,8 @@ def run_command(command: Callable[[], int | None], after_interrupt: str = "") ->
         command: the work; returns an exit status.
         after_interrupt: what a user should know after Ctrl-C.
     """
-    of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    who = f"rank {os.environ.get('RANK')}: " if of_many else ""
+    rank = os.environ.get("RANK")
+    who = f"rank {rank}: " if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
         sys.exit(command() or 0)
     except ValueError as error:

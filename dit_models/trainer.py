@@ -14,6 +14,7 @@ from dit_models.assemble import (
     autocast_for,
     build_conditioned_model,
     build_objective,
+    model_config_for,
     pick_device,
     product_dtype,
     with_defaults,
@@ -38,6 +39,7 @@ from dit_models.masking import (
     kept_pixels,
     reconstruction_loss,
 )
+from dit_models.model_config import ModelConfig
 from dit_models.optimization import (
     build_optimizer,
     learning_rate,
@@ -135,6 +137,7 @@ class Trainer:
             return model
         from dit_models.parallel.shard import Sharding
 
+        check_divided_model(config, model_config_for(config, self.info))
         sharding = Sharding(
             world,
             product_dtype(config.precision, self.device),
@@ -198,11 +201,17 @@ class Trainer:
 
     @cached_property
     def why_no_samples(self) -> str | None:
-        """Why this run cannot draw images here, although it can train; ``None`` when it can."""
-        if reason := why_no_vae(self.info.vae, self.config.data.vae):
-            return reason
+        """Why this run cannot draw images here, although it can train; ``None`` when it can.
+
+        Several processes draw together or not at all: all of them ask, for the first time together.
+        """
+        reason = why_no_vae(self.info.vae, self.config.data.vae)
         encoder = self.model.text_encoder
-        return encoder.frozen.why_missing() if isinstance(encoder, PretrainedText) else None
+        if reason is None and isinstance(encoder, PretrainedText):
+            reason = encoder.frozen.why_missing()
+        if self.world.largest(reason is not None) and reason is None:
+            return "another process lacks what it takes to draw."
+        return reason
 
     def train_step(self, with_routing: bool = True) -> dict[str, float | Tensor]:
         """Do one optimizer step.
@@ -413,6 +422,22 @@ def check_batch(config: TrainConfig, processes: int) -> None:
             f"batch_size={config.batch_size} does not divide into accumulate={config.accumulate} "
             f"micro-batches for each of {processes} processes; choose a multiple of "
             f"{processes * config.accumulate}."
+        )
+
+
+def check_divided_model(config: TrainConfig, model: ModelConfig) -> None:
+    """Raise ``ValueError`` for what several processes cannot divide, or with other losses."""
+    if config.parallel.expert > 1 and not model.moe_blocks:
+        raise ValueError(
+            f"parallel.expert={config.parallel.expert} and {config.model}, which has no experts; "
+            "leave parallel.expert out."
+        )
+    losses = config.router_loss
+    if losses.balance and losses.balance_pool == "sequence" and model.pools_images:
+        raise ValueError(
+            'router_loss.balance_pool="sequence" on several processes with a routing in which '
+            "images of a batch compete: the sequence would be the whole batch, of which each "
+            'process sees a part. Use "batch".'
         )
 
 

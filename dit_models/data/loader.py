@@ -1,6 +1,8 @@
 """Endless batches, each a pure function of the seed and the batch number."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -32,9 +34,21 @@ def collate(samples: list[Sample], info: DatasetInfo) -> Batch:
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches workers too; the parent decides what happens, and still needs them to save."""
+def _obey_the_parent_alone(worker: int) -> None:
+    """Ctrl-C reaches workers too, and so does SIGTERM from torchrun or a scheduler.
+
+    The parent decides what happens, and still needs them to save.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, which cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+
+
+def _end_when_the_parent_says() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _ByPosition(Dataset[Sample]):
@@ -177,6 +191,6 @@ class BatchLoader:
             collate_fn=partial(collate, info=self.dataset.info),
             # Its own generator: DataLoader otherwise draws a worker seed from the global one.
             generator=torch.Generator().manual_seed(self.seed),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_obey_the_parent_alone,
         )
         return iter(loader)

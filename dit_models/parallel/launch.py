@@ -14,6 +14,15 @@ _RESTARTABLE = (
 )
 
 
+def world_size(environment: Mapping[str, str]) -> int:
+    """Processes that were started for this run, by torchrun's variable ``WORLD_SIZE``.
+
+    Raises:
+        ValueError: it is no number of processes.
+    """
+    return _number(environment, "WORLD_SIZE", 1, default=1)
+
+
 def check_launch(environment: Mapping[str, str], backend: str) -> list[str]:
     """Check what torchrun has set before the process group is made.
 
@@ -31,7 +40,7 @@ def check_launch(environment: Mapping[str, str], backend: str) -> list[str]:
     missing = [name for name in _NEEDED if not environment.get(name)]
     if missing:
         raise ValueError(f"{', '.join(missing)} not set: this process is no rank. {_START}")
-    size = _number(environment, "WORLD_SIZE", 1)
+    size = world_size(environment)
     _number(environment, "RANK", 0, size - 1)
     _number(environment, "MASTER_PORT", 1, 65535)
     if "LOCAL_RANK" in environment:

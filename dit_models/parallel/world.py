@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from dit_models.assemble import pick_device
 from dit_models.config import ParallelConfig
-from dit_models.parallel.launch import check_launch
+from dit_models.parallel.launch import check_launch, world_size
 
 if TYPE_CHECKING:  # one process does not need it, and it takes a second to load
     from torch.distributed.device_mesh import DeviceMesh
@@ -102,23 +102,22 @@ class World:
         return value  # type: ignore[return-value]
 
 
-def world_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Processes that were started for this run, by torchrun's variable ``WORLD_SIZE``."""
-    return int(environment.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
-def join_world(config: ParallelConfig, device: str) -> Iterator[World]:
+def join_world(
+    config: ParallelConfig, device: str, settings: Mapping[str, Any] | None = None
+) -> Iterator[World]:
     """The processes that torchrun has started, or this one alone.
 
     Args:
         config: how they divide the work.
         device: as ``TrainConfig.device``; with several GPUs each process takes one of its own.
+        settings: plain values that must be the same in all of them.
 
     Raises:
-        ValueError: a division that does not come out even, or not as many processes as asked for.
+        ValueError: a division that does not come out even, not as many processes as asked for, or
+            settings that differ.
     """
-    size = world_size()
+    size = world_size(os.environ)
     check_division(config, size)
     if size == 1:
         yield World(pick_device(device))
@@ -134,10 +133,26 @@ def join_world(config: ParallelConfig, device: str) -> Iterator[World]:
                 print(f"warning: {warning}", file=sys.stderr)
         distributed.init_process_group(backend, timeout=_patience(config))
     try:
+        _require_alike(settings or {})
         yield _divided(config, own_device)
     finally:
         if ours:
             distributed.destroy_process_group()
+
+
+def _require_alike(settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` in all processes unless all were started with the same settings."""
+    all_settings: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(all_settings, settings)
+    first = all_settings[0]
+    for rank, theirs in enumerate(all_settings):
+        different = [name for name in first if theirs.get(name) != first[name]]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"rank {rank} was started with {name}={theirs.get(name)!r}, rank 0 with "
+                f"{first[name]!r}; start all processes with the same settings."
+            )
 
 
 def _divided(config: ParallelConfig, device: torch.device) -> World:
@@ -185,6 +200,11 @@ def check_division(config: ParallelConfig, size: int) -> None:
             f"{config.data} ({start}), or leave parallel.data out."
         )
     parts = config.expert * config.replicate
+    if size == 1 < parts:
+        raise ValueError(
+            f"parallel.expert={config.expert} times parallel.replicate={config.replicate}, and 1 "
+            "process started. Start a multiple of that (torchrun --nproc-per-node ...)."
+        )
     if size % parts:
         raise ValueError(
             f"parallel.expert={config.expert} times parallel.replicate={config.replicate} does "

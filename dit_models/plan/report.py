@@ -1,9 +1,11 @@
 """A plan in words: tables, the reason for the recommendation, and JSON."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dit_models.models import get_config
 from dit_models.plan.settings import Cluster, Run
 from dit_models.plan.times import Estimate, break_even_images, flow_seconds, recommend
 
@@ -11,17 +13,24 @@ GB = 1e9
 _MEMORY = ("param", "optim", "EMA", "grad", "gathered", "reduce", "activ", "total")
 
 
-def memory_cells(each: Estimate) -> list[str]:
+def memory_cells(each: Estimate, decimals: int = 1) -> list[str]:
     """GB of each part of the memory and of their sum."""
     memory = each.memory
-    return [f"{value / GB:.1f}" for value in (*memory.parts().values(), memory.total)]
+    return [f"{value / GB:.{decimals}f}" for value in (*memory.parts().values(), memory.total)]
 
 
-def time_cells(each: Estimate) -> list[str]:
+def time_cells(each: Estimate, decimals: int = 1, of_seconds: int = 2) -> list[str]:
     """GB over both links, and seconds."""
     sent = (each.traffic.nvlink / GB, each.traffic.network / GB)
     seconds = (each.compute, each.hidden, each.exposed, each.with_overlap, each.without_overlap)
-    return [*(f"{value:.1f}" for value in sent), *(f"{value:.2f}" for value in seconds)]
+    cells = [f"{value:.{decimals}f}" for value in sent]
+    return cells + [f"{value:.{of_seconds}f}" for value in seconds]
+
+
+def _decimals(values: Iterable[float], least: int) -> int:
+    """As many that the largest value has three digits, but at least ``least``."""
+    largest = max(values)
+    return max(least, 2 - math.floor(math.log10(largest))) if largest > 0 else least
 
 
 def as_text(
@@ -43,8 +52,8 @@ def as_text(
         _time_table(listed, best),
     ]
     if len(listed) < len(estimates):
-        parts.append(f"{len(estimates) - len(listed)} more meshes: --all")
-    parts.append(_advice(run, cluster, estimates, best))
+        parts.append(f"{len(estimates) - len(listed)} more plans: --all")
+    parts.append(_advice(run, cluster, estimates, best, name))
     if best is not None and best.traffic.flows:
         parts.append(_flows(best, cluster))
     parts.append(_assumptions(run, cluster))
@@ -117,14 +126,17 @@ def _names(each: Estimate, best: Estimate | None) -> list[str]:
 
 
 def _memory_table(listed: Sequence[Estimate], best: Estimate | None) -> str:
-    rows = [[*_names(each, best), *memory_cells(each)] for each in listed]
+    decimals = _decimals((each.memory.total / GB for each in listed), 1)
+    rows = [[*_names(each, best), *memory_cells(each, decimals)] for each in listed]
     return "GB of a GPU at its fullest moment (* recommended, x does not fit)\n" + _table(
         ["mesh", "recompute", *_MEMORY], rows
     )
 
 
 def _time_table(listed: Sequence[Estimate], best: Estimate | None) -> str:
-    rows = [[*_names(each, best), *time_cells(each)] for each in listed]
+    sent = (max(each.traffic.nvlink, each.traffic.network) / GB for each in listed)
+    decimals = _decimals(sent, 1), _decimals((each.without_overlap for each in listed), 2)
+    rows = [[*_names(each, best), *time_cells(each, *decimals)] for each in listed]
     seconds = [f"{word} s" for word in ("compute", "hidden", "exposed", "step", "serial")]
     return (
         "What a GPU sends in a step, and seconds (hidden: can overlap with compute; step: it does;"
@@ -144,14 +156,17 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def _flows(best: Estimate, cluster: Cluster) -> str:
+    flows = best.traffic.flows
+    sent = _decimals((max(flow.nvlink, flow.network) / GB for flow in flows), 3)
+    seconds = _decimals((flow_seconds(flow, cluster) for flow in flows), 3)
     rows = [
         [
             flow.name,
-            f"{flow.nvlink / GB:.3f}",
-            f"{flow.network / GB:.3f}",
-            f"{flow_seconds(flow, cluster):.3f}",
+            f"{flow.nvlink / GB:.{sent}f}",
+            f"{flow.network / GB:.{sent}f}",
+            f"{flow_seconds(flow, cluster):.{seconds}f}",
         ]
-        for flow in best.traffic.flows
+        for flow in flows
     ]
     return "The recommended mesh's exchanges of a step\n" + _table(
         ["what", "NVLink GB", "network GB", "s"], rows
@@ -159,7 +174,7 @@ def _flows(best: Estimate, cluster: Cluster) -> str:
 
 
 def _advice(
-    run: Run, cluster: Cluster, estimates: Sequence[Estimate], best: Estimate | None
+    run: Run, cluster: Cluster, estimates: Sequence[Estimate], best: Estimate | None, name: str
 ) -> str:
     if best is None:
         least = min(estimates, key=lambda each: each.memory.total)
@@ -171,8 +186,8 @@ def _advice(
         )
     fitting = sum(each.fits for each in estimates)
     reasons = [
-        f"{fitting} of {len(estimates)} plans fit; none is more than 5 % faster with full overlap, "
-        "and of those as fast it needs the overlap least"
+        f"{fitting} of {len(estimates)} plans fit; of those within 5 % of the shortest step, then "
+        "of the shortest serial step, then of the fewest bytes, it needs the least memory"
     ]
     if best.recompute and not any(each.fits and not each.recompute for each in estimates):
         reasons.append("without recompute nothing fits")
@@ -182,24 +197,36 @@ def _advice(
         )
     lines = [f"Recommended: {best.mesh}{', with recompute' * best.recompute}"]
     lines += [f"  because {'; '.join(reasons)}.", f"  fullest at {best.memory.moment}"]
-    lines.append(f"  {command_of(best, run)}")
+    lines.append(f"  python -m dit_models.train: {options_of(best, run, name)}")
     if run.model.num_experts:
         limit = break_even_images(run)
         lines.append(
             f"  Sending rows to experts takes fewer bytes than gathering experts below "
-            f"{limit:.0f} images a GPU (3 E m F / (4 S k))."
+            f"{limit:.0f} images a GPU and micro-batch."
         )
     return "\n".join(lines)
 
 
-def command_of(best: Estimate, run: Run) -> str:
-    """The options of the training command."""
-    options = [f"parallel.data={best.mesh.gpus}", f"parallel.expert={best.mesh.expert}"]
-    options.append(f"parallel.replicate={best.mesh.replicate}")
-    options.append(f"gradient_checkpointing={str(best.recompute).lower()}")
-    options.append(f"batch_size={best.mesh.gpus * run.images_per_gpu * run.accumulate}")
-    options.append(f"accumulate={run.accumulate}")
-    return " ".join(options)
+def options_of(best: Estimate, run: Run, name: str) -> str:
+    """The options of the training command; those of the model are what its preset has not."""
+    mesh, preset = best.mesh, get_config(name).to_dict()
+    options = {"model": name} | {
+        f"model_options.{field}": json.dumps(value)
+        for field, value in run.model.to_dict().items()
+        if value != preset[field]
+    }
+    options |= {
+        "parallel.data": str(mesh.gpus),
+        "parallel.expert": str(mesh.expert),
+        "parallel.replicate": str(mesh.replicate),
+        "parallel.reshard_after_forward": json.dumps(run.reshard_after_forward),
+        "gradient_checkpointing": json.dumps(best.recompute),
+        "batch_size": str(mesh.gpus * run.images_per_gpu * run.accumulate),
+        "accumulate": str(run.accumulate),
+        "precision": run.precision,
+        "optimizer.kind": run.optimizer,
+    }
+    return " ".join(f"{field}={value}" for field, value in options.items())
 
 
 def _assumptions(run: Run, cluster: Cluster) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dit_models.count import DEFAULT_TEXT_LEN
 from dit_models.model_config import ModelConfig
+from dit_models.router_losses import check_accumulation
 
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("adamw", "rmsprop")
@@ -48,6 +49,7 @@ class Run:
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("device", self.device, DEVICES)
+        check_accumulation(self.accumulate, self.model)
 
     @property
     def product_bytes(self) -> int:

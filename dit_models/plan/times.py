@@ -1,6 +1,6 @@
 """Seconds of a step at stated rates, and which mesh to take."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dit_models.count import count_macs
@@ -8,9 +8,10 @@ from dit_models.plan.memory import Memory, plan_memory
 from dit_models.plan.mesh import Mesh
 from dit_models.plan.settings import Cluster, Run
 from dit_models.plan.traffic import Flow, Traffic, plan_traffic
+from dit_models.plan.units import FP32
 
-# Estimates closer than this are the same; that which depends least on overlap is taken.
-SAME_TIME = 0.05
+# Estimates closer than this are the same.
+SAME = 0.05
 
 
 @dataclass(frozen=True)
@@ -83,23 +84,29 @@ def _seconds(traffic: Traffic, cluster: Cluster, hidden: bool) -> float:
 
 
 def recommend(estimates: Sequence[Estimate]) -> Estimate | None:
-    """Of those that fit and are about as fast as the fastest, the fastest without overlap."""
-    fitting = [each for each in estimates if each.fits]
-    if not fitting:
-        return None
-    fastest = min(each.with_overlap for each in fitting)
-    as_fast = [each for each in fitting if each.with_overlap <= fastest * (1 + SAME_TIME)]
-    return min(as_fast, key=lambda each: (each.without_overlap, each.memory.total))
+    """Of those that fit: about the fastest, then with least need of overlap, bytes, memory."""
+    left = [each for each in estimates if each.fits]
+    left = _about_least(left, lambda each: each.with_overlap)
+    left = _about_least(left, lambda each: each.without_overlap)
+    left = _about_least(left, lambda each: each.traffic.nvlink + each.traffic.network)
+    return min(left, key=lambda each: each.memory.total, default=None)
+
+
+def _about_least(estimates: list[Estimate], value: Callable[[Estimate], float]) -> list[Estimate]:
+    limit = (1 + SAME) * min(map(value, estimates), default=0.0)
+    return [each for each in estimates if value(each) <= limit]
 
 
 def break_even_images(run: Run) -> float:
     """Images a GPU below which sending rows takes fewer bytes than gathering the experts.
 
-    A layer sends 4 B S k D numbers (twice there and back) and ``fully_shard`` gathers its experts
-    twice and reduces them once, 3 E m D F with m matrices an expert; so B < 3 E m F / (4 S k).
+    A layer sends 4 B S k D numbers of b bytes (twice there and back). ``fully_shard`` gathers its
+    E m D F weights (m matrices an expert) twice in b bytes and reduces them once in 4; so
+    B < (2 b + 4) E m F / (4 b S k).
     """
-    config = run.model
+    config, product = run.model, run.product_bytes
     matrices = 3 if config.expert_activation == "swiglu" else 2
     per_token = config.routing_idea.experts_per_token(config, config.own_routing_options, 0)
-    weights = 3 * config.num_experts * matrices * config.expert_intermediate_size
-    return weights / (4 * config.seq_len * float(per_token))
+    gathered = (2 if run.reshard_after_forward else 1) * product
+    weights = config.num_experts * matrices * config.expert_intermediate_size
+    return (gathered + FP32) * weights / (4 * product * config.seq_len * float(per_token))

@@ -99,10 +99,13 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, darrived: Tensor) -> tuple[Tensor, None]:
         ticket: _Ticket = ctx.ticket
-        # The gradient that is returned has not arrived; only ``_Start.backward`` reads it.
+        # The gradient that is returned has not arrived; only ``_Start.backward`` reads it, and
+        # the anomaly mode, which looks for NaN in it.
         ticket.back = _Flight.start(
             darrived, ticket.splits.reverse(), f"gradients of {ticket.name}"
         )
+        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+            ticket.back.work.wait()
         return ticket.back.arriving, None
 
 

@@ -16,6 +16,8 @@ from moe_kernels.router import _run_check as run_check
 from moe_kernels.selection import plan_from_selection
 
 _AFFINITIES = ("softmax", "sigmoid", "identity")
+# Histograms count in int32.
+_MOST_PAIRS = 2**31 - 1
 
 
 def global_expert_choice(
@@ -41,9 +43,9 @@ def global_expert_choice(
     its own tokens, and an expert may have any number of rows in it. With ``capacity_factor`` f_c,
     C = max(1, round(T f_c / E)) for the T tokens of all ranks.
 
-    No scores travel: 4 all-reduces (8 for fp64) of (E, 256) int32 and one all-gather of (E,) int32;
-    without ``num_tokens_global`` also one of a number. The device is waited for once, for the
-    number of rows (and once for the number of tokens).
+    No scores travel: 4 all-reduces (8 for fp64) of (E, 256) int32 and one all-gather of (E + 3,)
+    int32; without ``num_tokens_global`` also an all-reduce of a number. The device is waited for
+    once, for the number of rows (and once for the number of tokens).
 
     Args:
         router_logits: (T_local, E) floating point, differentiable; T_local may differ from rank to
@@ -52,7 +54,8 @@ def global_expert_choice(
             given.
         process_group: the ranks of the pool; all of them must call this with the same options.
         capacity: C itself, tokens per expert of all ranks; not together with ``capacity_factor``.
-        num_tokens_global: tokens of all ranks, where the caller knows them: saves a message.
+        num_tokens_global: tokens of all ranks, where the caller knows them: saves a message. A
+            wrong number on any rank raises on all.
         num_groups: number of sequences in T_local; only the per-sequence balance loss reads it.
         affinity, normalize, scale, rounding, multiple_of: see ``moe_kernels.expert_choice``.
         check_finite: as for ``expert_choice``; where one rank has bad logits, all raise.
@@ -152,17 +155,23 @@ def pair_choice_and_threshold(
     """``global_pair_choice``, and its smallest winning affinity, a scalar without gradient."""
     check_floating("router_logits", router_logits, 2, "(num_tokens, num_experts)")
     check_choice("affinity", affinity, _AFFINITIES)
-    if not isinstance(num_rows, int) or num_rows < 0:
-        raise ValueError(f"num_rows is {num_rows!r}; expected an integer of at least 0.")
+    if not isinstance(num_rows, int) or not 0 <= num_rows <= _MOST_PAIRS:
+        raise ValueError(f"num_rows is {num_rows!r}; expected an integer, 0 to {_MOST_PAIRS}.")
     logits = _wide(router_logits)
     pairs = compute_affinity(logits, affinity).view(-1, 1)
     chosen, smallest, num_local, num_tokens = _search(
         pairs, num_rows, logits, process_group, num_tokens_global, check_finite
     )
-    if num_rows > num_tokens * logits.shape[1]:
+    num_pairs = num_tokens * logits.shape[1]
+    if num_pairs > _MOST_PAIRS:
         raise ValueError(
-            f"num_rows is {num_rows}; expected 0 to the {num_tokens * logits.shape[1]} pairs that "
-            "all ranks have together."
+            f"the ranks have {num_pairs} pairs; expected at most {_MOST_PAIRS}: let fewer ranks "
+            "share a pool."
+        )
+    if num_rows > num_pairs:
+        raise ValueError(
+            f"num_rows is {num_rows}; expected 0 to the {num_pairs} pairs that all ranks have "
+            "together."
         )
     plan = plan_from_selection(
         chosen.view_as(logits),
@@ -193,7 +202,7 @@ def global_kth_largest(
     check_floating("values", values, 2, "(rows, columns)")
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k is {k!r}; expected an integer of at least 1.")
-    nothing = torch.zeros(0, dtype=torch.int64, device=values.device)
+    nothing = torch.zeros(0, dtype=torch.int32, device=values.device)
     return global_search(_wide(values), k, remember(process_group), nothing)[1]
 
 
@@ -212,26 +221,30 @@ def _search(
 ) -> tuple[Tensor, Tensor, int, int]:
     """Chosen values, the smallest by column, how many were chosen here, and tokens of all ranks.
 
-    Checks travel with the first histogram, so that all ranks raise or none.
+    What is to be checked travels with the counts of ties to all ranks, so that all raise or none.
     """
-    header = torch.full((2,), logits.shape[0], dtype=torch.int64, device=logits.device)
-    header[1] = 0
+    promised = -1 if num_tokens_global is None else num_tokens_global
+    header = torch.tensor([logits.shape[0], promised, 0], dtype=torch.int32)
+    header = header.to(logits.device, non_blocking=True)
     if wants_finite_check(logits, check_finite):
-        header[1] = (~torch.isfinite(logits)).sum()
-    chosen, smallest, sums = global_search(values, k, remember(process_group), header)
-    num_rows, num_tokens, not_finite = torch.cat([chosen.sum().view(1), sums]).tolist()
-    if not_finite:
-        here = int(header[1])
+        header[2] = (~torch.isfinite(logits)).sum()
+    chosen, smallest, headers = global_search(values, k, remember(process_group), header)
+    num_rows, *numbers = torch.cat([chosen.sum().view(1), headers.T.flatten()]).tolist()
+    ranks = distributed.get_world_size(process_group)
+    tokens, promises, not_finite = (numbers[i * ranks : (i + 1) * ranks] for i in range(3))
+    if any(not_finite):
+        here = not_finite[distributed.get_rank(process_group)]
         raise ValueError(
-            f"router_logits have {not_finite} non-finite values on all ranks, {here} of them on "
-            f"rank {distributed.get_rank(process_group)} of the pool; expected finite logits. The "
-            "router or its input has diverged. Pass check_finite=False to route anyway (NaN ranks "
-            "last)."
+            f"router_logits have {sum(not_finite)} non-finite values on all ranks, {here} of them "
+            f"on rank {distributed.get_rank(process_group)} of the pool; expected finite logits. "
+            "The router or its input has diverged. Pass check_finite=False to route anyway (NaN "
+            "ranks last)."
         )
-    if num_tokens_global is not None and num_tokens != num_tokens_global:
+    num_tokens = sum(tokens)
+    if wrong := sorted({promise for promise in promises if promise not in (-1, num_tokens)}):
         raise ValueError(
-            f"num_tokens_global is {num_tokens_global}, but the ranks have {num_tokens} tokens; "
-            "give their number, or None where ranks differ."
+            f"num_tokens_global is {' or '.join(map(str, wrong))}, but the ranks have {num_tokens} "
+            f"tokens, {min(tokens)} to {max(tokens)} each; give their number on all ranks, or None."
         )
     return chosen, smallest, num_rows, num_tokens
 

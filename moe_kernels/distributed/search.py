@@ -21,7 +21,7 @@ def _search_fake(
     return (
         torch.empty_like(values, dtype=torch.bool, memory_format=torch.contiguous_format),
         values.new_empty(values.shape[1]),
-        torch.empty_like(header),
+        header.new_empty(distributed.get_world_size(recall(group)), header.shape[0]),
     )
 
 
@@ -35,19 +35,11 @@ def _search_kernel(
     need = torch.full((columns,), k, dtype=torch.int32, device=codes.device)
     threshold = torch.zeros(columns, dtype=codes.dtype, device=codes.device)
     candidates = torch.ones_like(codes, dtype=torch.bool)
-    sums = header
     for shift in range(width - _BITS, -1, -_BITS):
         digits = (codes >> shift) & (_BINS - 1)
         if shift == width - _BITS:
             digits = digits ^ (_BINS // 2)  # of signed numbers the negative come first
-        counts = _histogram(digits, candidates)
-        if shift == width - _BITS:
-            joined = torch.cat([counts.flatten(), header.to(torch.int32)])
-            joined = all_reduce("search histogram", joined, process_group)
-            counts = joined[: counts.numel()].view_as(counts)
-            sums = joined[counts.numel() :].to(header.dtype)
-        else:
-            all_reduce("search histogram", counts, process_group)
+        counts = all_reduce("search histogram", _histogram(digits, candidates), process_group)
         from_above = counts.flip(1).cumsum(1, dtype=torch.int32)  # rows in the bins from 255 down
         # The first place where enough rows are reached; fewer rows than k end in bin 0.
         place = (from_above < need.unsqueeze(1)).sum(1, keepdim=True).clamp(max=_BINS - 1)
@@ -58,7 +50,15 @@ def _search_kernel(
         if shift == width - _BITS:
             digit = digit ^ (_BINS // 2)
         threshold |= digit << shift
-    return _take(codes, candidates, threshold, need, process_group), _value(threshold, values), sums
+    # Of what equals the threshold the first ``need`` are taken, in rank order.
+    joined = torch.cat([candidates.sum(0, dtype=torch.int32), header])
+    ties, headers = all_gather("search ties", joined, process_group).split(
+        [columns, header.shape[0]], dim=1
+    )
+    before = ties[: distributed.get_rank(process_group)].sum(0, dtype=torch.int32)
+    place = candidates.cumsum(0, dtype=torch.int32) + before  # from 1
+    chosen = (codes > threshold) | (candidates & (place <= need))
+    return chosen, _value(threshold, values), headers.contiguous()
 
 
 def _sortable(values: Tensor) -> Tensor:
@@ -83,20 +83,6 @@ def _histogram(digits: Tensor, candidates: Tensor) -> Tensor:
     places = (digits + offsets).flatten()
     counts.scatter_add_(0, places, candidates.flatten().to(torch.int32))
     return counts.view(columns, _BINS)
-
-
-def _take(
-    codes: Tensor,
-    equal: Tensor,
-    threshold: Tensor,
-    need: Tensor,
-    process_group: distributed.ProcessGroup,
-) -> Tensor:
-    """What is above the threshold, and of what equals it the first ``need`` in rank order."""
-    ranks = all_gather("search ties", equal.sum(0, dtype=torch.int32), process_group)
-    before = ranks[: distributed.get_rank(process_group)].sum(0, dtype=torch.int32)
-    place = equal.cumsum(0, dtype=torch.int32) + before  # from 1
-    return (codes > threshold) | (equal & (place <= need))
 
 
 _global_search = Operator(
@@ -129,11 +115,11 @@ def global_search(
         values: (N, M) fp32 or fp64; N may differ from rank to rank and be 0.
         k: from 0 to the number of rows of all ranks, the same on every rank.
         group: name of the process group (``groups.remember``).
-        header: (H,) int64 numbers below 2^31 that are summed on the way.
+        header: (H,) int32, numbers that travel along.
 
     Returns:
-        (N, M) bool, which values of this rank are among the k; (M,) the k-th largest value; the
-        header summed over the ranks.
+        (N, M) bool, which values of this rank are among the k; (M,) the k-th largest value;
+        (ranks, H) the headers.
     """
     return _global_search["ranks"](values.detach(), header, k, group)
 

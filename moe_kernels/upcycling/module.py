@@ -1,7 +1,8 @@
 """``UpcycledMLP``, the block that takes a dense MLP's place, and the way to its routing plans."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,10 +55,17 @@ class UpcycledMLP(nn.Module):
             )
         images = x.reshape(1, -1, hidden_size) if x.dim() < 3 else x.flatten(1, -2)  # (B, S, D)
         plan = self.router(images)
-        shared = None
+        shared: Tensor | Callable[[], Tensor] | None = None
         if self.shared_expert is not None:
-            shared = self.shared_expert(x).reshape(-1, hidden_size)
+            shared = partial(self._shared_term, x)
+            if self.experts.parallel is None:
+                shared = shared()  # else the experts call it, while rows travel
         return self.experts(images.flatten(0, 1), plan, shared).view(x.shape), plan
+
+    def _shared_term(self, x: Tensor) -> Tensor:
+        assert self.shared_expert is not None
+        shared: Tensor = self.shared_expert(x).reshape(-1, self.router.hidden_size)
+        return shared
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """Data sets are what they say, and batches depend on the seed and the position alone."""
 
 import json
+import multiprocessing
 import pickle
 import random
+import signal
+import subprocess
 from itertools import islice
 from pathlib import Path
 
@@ -406,6 +409,20 @@ def test_errors_in_workers_keep_their_message(tmp_path: Path) -> None:
     loader = BatchLoader(build_dataset(str(tmp_path), image_size=4), 2, num_workers=1)
     with pytest.raises(ValueError, match=r"bad\.png"):
         next(loader)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent it")
+def test_workers_end_when_their_parent_says_so_alone() -> None:
+    loader = BatchLoader(SceneDataset("train", 16, length=30), 7, num_workers=1)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    for _ in range(4):
+        next(loader)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_state_of_another_loader_is_refused() -> None:

@@ -341,6 +341,10 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(tmp_path):
     shutil.rmtree(checkpoint_folder(tmp_path))
     with pytest.raises(CheckpointError, match="metrics up to step 5 but no checkpoint"):
         train.train(tiny_config(tmp_path))
+    # Of several processes, the first checkpoint may have been under way for as long again.
+    (tmp_path / ".ranks").mkdir()
+    assert train.train(tiny_config(tmp_path, "stop_at=1")) == 0
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
@@ -348,6 +352,22 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
         (tmp_path / "metrics.jsonl").touch()
         with pytest.raises(CheckpointError, match="another process is training"):
             train.train(tiny_config(tmp_path))
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
+    """The workers that load data outlive a killed training for some seconds."""
+    with run_lock(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.2)
+    try:
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_captions_that_are_too_long_are_found_at_the_start(tmp_path):
@@ -402,6 +422,7 @@ def test_a_mistake_does_not_block_the_corrected_command(tmp_path):
     run_dir = tmp_path / "run"
     with pytest.raises(ValueError, match="no model preset"):
         train.train(tiny_config(run_dir, "model=EC-DiT-tinny"))
+    (run_dir / ".metrics.jsonl.1.2.tmp").touch()  # of a process killed while it made the file
     assert train.train(tiny_config(run_dir, "steps=1", "evaluation.enabled=false")) == 0
 
 

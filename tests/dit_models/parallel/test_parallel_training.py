@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
+import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import dit_models.trainer
 from dit_models.checkpoints import CheckpointError
 from dit_models.config import TrainConfig
 from dit_models.train import train
@@ -106,6 +110,48 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     assert max(differences(many, tmp_path / "one").values()) < 1e-4
 
 
+# The last one enters its second stage with the third step.
+STATEFUL = {
+    "digits-loss-free": (),
+    "digits-diffmoe": (),
+    "digits": ("model_options.routing_options.capacity_by_stage=[[0.0,2.0],[0.3,1.0]]",),
+}
+
+
+def _train_in_one_go_and_in_two(folder: Path) -> None:
+    # What is saved of routers must be the same in all processes.
+    warnings.filterwarnings("error", ".*holds the first process's values")
+    for recipe, options in STATEFUL.items():
+        whole, parts = (folder / name / recipe for name in ("whole", "parts"))
+        _train(
+            # What it draws in between changes nothing.
+            (whole, recipe, (*options, "stop_at=3", "sample_every=2")),
+            (parts, recipe, (*options, "stop_at=2")),
+            (parts, recipe, (*options, "stop_at=3")),
+        )
+
+
+def test_what_routers_have_learned_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    run_ranks(_train_in_one_go_and_in_two, 2, tmp_path)
+    for recipe in STATEFUL:
+        whole, parts = (tmp_path / name / recipe for name in ("whole", "parts"))
+        assert max(differences(parts, whole).values()) == 0
+        ours, theirs = (
+            {path.name: path.read_bytes() for path in run.glob("checkpoints/*3/rank_*")}
+            for run in (whole, parts)
+        )
+        assert ours == theirs
+        assert len(ours) == 2
+        assert (whole / "samples_00000002.png").is_file()
+    # One process draws from what two have averaged, in the stage that they had reached.
+    shutil.rmtree(parts / "checkpoints" / "step_00000003")
+    trainer = Trainer(tiny_config(parts, *SHORT, *STATEFUL["digits"]), parts)
+    assert trainer.resume()
+    with trainer.ema.drawing_model() as model:
+        routers = [module for module in model.modules() if hasattr(module, "factor")]
+        assert {router.factor() / router.capacity_factor for router in routers} == {2.0}
+
+
 def _finish(run_dir: Path) -> None:
     assert train(tiny_config(run_dir, "save_every=100", "parallel.expert=2")) == 0
 
@@ -155,8 +201,18 @@ def test_uneven_batches_are_refused_before_anything_is_built(tmp_path: Path) -> 
 
 def _config_errors(run_dir: Path) -> list[str]:
     return [
-        _refused(run_dir, (override,))
-        for override in ("parallel.data=3", "parallel.expert=4", "batch_size=7")
+        _refused(run_dir, override)
+        for override in (
+            ("parallel.data=3",),
+            ("parallel.expert=4",),
+            ("batch_size=7",),
+            ("parallel.expert=2", "model=DiT-tiny", "model_options.num_experts=0"),
+            (
+                "model_options.group=batch",
+                "router_loss.balance=0.01",
+                "router_loss.balance_pool=sequence",
+            ),
+        )
     ]
 
 
@@ -165,6 +221,30 @@ def test_a_wrong_division_is_an_error_in_every_process(tmp_path: Path) -> None:
         assert "parallel.data=3, and 2 processes started" in messages[0]
         assert "does not divide the 2 processes" in messages[1]
         assert "batch_size=7 does not divide" in messages[2]
+        assert "parallel.expert=2 and DiT-tiny, which has no experts" in messages[3]
+        assert 'balance_pool="sequence" on several processes' in messages[4]
+    one = _refused(tmp_path / "one", ("parallel.expert=2", "parallel.replicate=2"))
+    assert one.endswith(
+        "and 1 process started. Start a multiple of that (torchrun --nproc-per-node ...)."
+    )
+
+
+def _differ(run_dir: Path) -> str:
+    """Settings that only one process has, and then a missing VAE that only one notices."""
+    rank = int(os.environ["RANK"])
+    message = _refused(run_dir, (f"parallel.expert={1 + rank}",))
+    dit_models.trainer.why_no_vae = lambda *_: "no VAE here" if rank else None
+    file = run_dir.with_name(f"said_{rank}")
+    with open(file, "w") as stream, redirect_stdout(stream):
+        assert train(tiny_config(run_dir, *SHORT, "sample_every=1", "stop_at=1")) == 0
+    return message
+
+
+def test_processes_that_differ(tmp_path: Path) -> None:
+    for message in run_ranks(_differ, 2, tmp_path / "run"):
+        assert "rank 1 was started with parallel.expert=2, rank 0 with 1;" in message
+    assert "without sample grids: another process lacks" in (tmp_path / "said_0").read_text()
+    assert not list((tmp_path / "run").glob("samples*"))
 
 
 def _fail_in_the_lead(run_dir: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dit_models.parallel.launch import check_launch
+from dit_models.parallel.launch import check_launch, world_size
 
 TORCHRUN = {
     "RANK": "1",
@@ -22,6 +22,13 @@ SETTING = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d"
 def test_what_torchrun_sets_is_accepted():
     assert check_launch(TORCHRUN, "gloo") == []
     assert check_launch(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"}, "gloo") == []
+
+
+def test_the_number_of_processes():
+    assert world_size(TORCHRUN) == 4
+    assert world_size({}) == 1
+    with pytest.raises(ValueError, match="WORLD_SIZE='four'; expected a whole number"):
+        world_size({"WORLD_SIZE": "four"})
 
 
 def test_other_launchers_need_only_four_variables():

@@ -26,7 +26,7 @@ class Step:
     """Bytes of the second step; ``during`` is the most that it allocated, gradients included.
 
     ``sent`` has the bytes that a rank of a ring passes on in all-gathers and reduce-scatters, and
-    those of rows to other ranks.
+    those of rows and of their numbers to other ranks.
     """
 
     parameters: int
@@ -53,6 +53,9 @@ def _second_step(overrides: list[str]) -> tuple[Step, ModelConfig]:
         config = build_config("digits", overrides=[*overrides, f"run_dir={folder}", "steps=4"])
         with join_world(config.parallel, config.device) as world:
             trainer = Trainer(config, Path(folder), world)
+            if config.optimizer.kind == "rmsprop":  # as PyTorch decides for CUDA
+                for group in trainer.optimizer.param_groups:
+                    group["foreach"] = True
             trainer.train_step()
             trainer.optimizer.zero_grad(set_to_none=True)
             gc.collect()
@@ -76,8 +79,8 @@ def _second_step(overrides: list[str]) -> tuple[Step, ModelConfig]:
 
 @contextmanager
 def _counted() -> Iterator[dict[str, float]]:
-    """Count what passes through the collectives of weights, gradients and rows."""
-    sent = {"gather": 0.0, "scatter": 0.0, "rows": 0.0}
+    """Count what passes through the collectives of weights, gradients, rows and their numbers."""
+    sent = {"gather": 0.0, "scatter": 0.0, "rows": 0.0, "counts": 0.0}
     originals: dict[str, Callable[..., Any]] = {}
 
     def count(name: str, kind: str, of: Callable[[Any, Any], Tensor]) -> None:
@@ -90,8 +93,9 @@ def _counted() -> Iterator[dict[str, float]]:
             source = args[1] if len(args) > 1 else kwargs.get("input_tensor", kwargs.get("input"))
             moved = of(output, source)
             size = distributed.get_world_size(group)
-            if moved.is_floating_point():  # indices are not what is counted
-                sent[kind] += moved.numel() * moved.element_size() * (size - 1) / size
+            own = "counts" if kind == "rows" and moved.dtype == torch.int32 else kind
+            if own == "counts" or moved.is_floating_point():  # no other indices
+                sent[own] += moved.numel() * moved.element_size() * (size - 1) / size
             return original(*args, group=group, **kwargs)
 
         setattr(distributed, name, counting)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dit_models.config_io import build_config
 from dit_models.plan import tables
 from dit_models.plan.__main__ import main
 from dit_models.plan.tables import BEGIN, END, with_tables
@@ -28,12 +29,48 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
         "512 images a step: 32 a GPU",
         "Recommended: ",
         "parallel.data=16 parallel.expert=",
-        "below 162 images a GPU",
+        "below 216 images a GPU and micro-batch",
         "Assumed, not measured: 450 GB/s",
-        "more meshes: --all",
+        "more plans: --all",
     ):
         assert part in text
     assert "--all" not in output_of(capsys, *SMALL, "--all")
+
+
+def test_small_models_are_not_all_zeros(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output_of(
+        capsys,
+        "--model",
+        "EC-DiT-tiny",
+        "--gpus",
+        "2",
+        "--gpu-memory",
+        "1",
+        "--images-per-gpu",
+        "1",
+    )
+    last = [row.split()[-1] for row in text.splitlines() if " expert  " in row]
+    assert len(last) == 8  # of the tables of memory and of seconds
+    assert all(len(total.replace(".", "").lstrip("0")) >= 2 for total in last), text
+
+
+def test_the_options_for_the_trainer_are_those_of_the_plan(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = output_of(
+        capsys, "--model", "EC-DiT-tiny", "--gpus", "4", "--gpu-memory", "1", "--accumulate", "2",
+        "--images-per-gpu", "8", "--precision", "fp32", "--optimizer", "rmsprop",
+        "--checkpointing", "on", "--no-reshard-after-forward", "--model-option", "depth=3",
+        "--model-option", "expert_activation=swiglu",
+    )  # fmt: skip
+    (line,) = (line for line in text.splitlines() if "python -m dit_models.train: " in line)
+    config = build_config("digits", overrides=line.partition(": ")[2].split())
+    assert config.model == "EC-DiT-tiny"
+    assert config.model_options == {"depth": 3, "expert_activation": "swiglu"}
+    assert (config.parallel.data, config.batch_size, config.accumulate) == (4, 64, 2)
+    assert (config.precision, config.optimizer.kind) == ("fp32", "rmsprop")
+    assert config.gradient_checkpointing
+    assert not config.parallel.reshard_after_forward
 
 
 def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +124,10 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
         ([*SMALL, "--utilization", "2"], "utilization=2.0; expected at most 1"),
         ([*SMALL, "--network-gb-s", "0"], "network_gb_s=0.0; expected a finite number above 0"),
         ([*SMALL, "--imbalance", "0.5"], "imbalance=0.5; expected a finite number of at least 1"),
+        (
+            ["--model", "EC-DiT-tiny-diffmoe", *SMALL[2:], "--accumulate", "2"],
+            "images of a batch compete",
+        ),
         ([*SMALL, "--model-option", "depth"], "expected key=value"),
         ([*SMALL, "--model-option", "dept=3"], "unknown model fields ['dept']"),
         (["--tables", "no-such-page.md"], "no such file"),

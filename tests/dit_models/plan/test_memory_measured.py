@@ -29,11 +29,13 @@ class Case:
     images: int = 16
     experts: int = 8
     width: int = 64
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
         words = [self.preset, str(self.mesh)] if self.processes > 1 else [self.preset]
         words += [f"{self.experts} experts"] * (self.experts != 8)
         words += [f"width {self.width}"] * (self.width != 64)
+        words += [self.optimizer] * (self.optimizer != "adamw")
         words += ["recompute"] * self.recompute + ["2 micro-batches"] * (self.accumulate > 1)
         return ", ".join(words + ["kept gathered"] * (not self.reshard))
 
@@ -50,6 +52,7 @@ class Case:
             *[f"model_options.num_experts={self.experts}"] * (self.preset != "DiT-tiny"),
             f"batch_size={self.processes * self.images * self.accumulate}",
             f"accumulate={self.accumulate}",
+            f"optimizer.kind={self.optimizer}",
             f"gradient_checkpointing={self.recompute}",
             f"parallel.expert={self.expert}",
             f"parallel.replicate={self.replicate}",
@@ -62,6 +65,7 @@ class Case:
             images_per_gpu=self.images,
             accumulate=self.accumulate,
             precision="fp32",
+            optimizer=self.optimizer,
             reshard_after_forward=self.reshard,
             device="cpu",
         )
@@ -74,6 +78,7 @@ CASES = [
     Case(1, "EC-DiT-tiny", accumulate=2, images=8),
     Case(1, "DiT-MoE-tiny"),
     Case(1, "DiT-MoE-tiny", recompute=True),
+    Case(1, "DiT-tiny", recompute=True, images=1, optimizer="rmsprop"),  # full at its step
     Case(2, "DiT-tiny"),
     Case(2, "DiT-MoE-tiny", recompute=True),
     Case(2, "EC-DiT-tiny", expert=2),
@@ -82,7 +87,7 @@ CASES = [
     Case(4, "EC-DiT-tiny", reshard=False, images=2),
     # Fewer experts than processes: they are divided by rows, and gathered with a copy more.
     Case(4, "EC-DiT-tiny", experts=2, images=1, width=128),
-    Case(4, "DiT-MoE-tiny", expert=2, experts=2, images=4),
+    Case(4, "DiT-MoE-tiny", expert=2, experts=2, images=4, recompute=True),
 ]
 
 
@@ -127,7 +132,12 @@ def _held_and_during(planned: Memory, steps: list[Step]) -> tuple[int, float]:
 
 def _sent(case: Case, model: ModelConfig) -> dict[str, float]:
     traffic = plan_traffic(case.run(model), case.mesh, case.processes, case.recompute)
-    kinds = {"gather": "all-gather", "scatter": "reduce-scatter", "rows": "all-to-all"}
+    kinds = {
+        "gather": "all-gather",
+        "scatter": "reduce-scatter",
+        "rows": "all-to-all",
+        "counts": "row counts",
+    }
     return {
         kind: sum(flow.nvlink for flow in traffic.flows if word in flow.name)
         for kind, word in kinds.items()

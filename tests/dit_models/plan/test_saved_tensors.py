@@ -9,8 +9,8 @@ from torch import Tensor
 import moe_kernels as mk
 from dit_models.model_config import ModelConfig
 from dit_models.models import build_model, get_config
-from dit_models.plan import Run
-from dit_models.plan.activations import Widths, block_activations
+from dit_models.plan import Mesh, Run, plan_memory
+from dit_models.plan.activations import Widths, block_activations, rest_activations
 from moe_kernels.backends.cpu import experts, memory
 from moe_kernels.backends.cpu.products import Products
 from tests.dit_models.plan.steps import peak_of
@@ -72,6 +72,23 @@ def bytes_kept_by_block(config: ModelConfig) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(torch.randn(size), torch.rand(IMAGES), **inputs)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_captions_are_kept_as_given_and_masked() -> None:
+    model = get_config("EC-DiT-tiny-text")
+    short, long = (Widths(Run(model, images_per_gpu=IMAGES, text_len=n)) for n in (5, 12))
+    more = rest_activations(long) - rest_activations(short)
+    assert more == 2 * IMAGES * 7 * model.text_dim * 4
+
+
+def test_one_gpu_has_a_bf16_copy_of_every_matrix() -> None:
+    config = MODELS["token choice"]
+    blocks = build_model(config, device="meta").blocks
+    matrices = sum(p.numel() for p in blocks.parameters() if p.ndim > 1)
+    gathered = plan_memory(Run(config), Mesh(1)).gathered
+    # Beside them a few of the embeddings and the final layer.
+    assert 2 * matrices < gathered < 2.2 * matrices
+    assert plan_memory(Run(config, precision="fp32"), Mesh(1)).gathered == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")

@@ -194,6 +194,27 @@ def test_shared_expert_runs_while_rows_travel() -> None:
         assert forward == ["counts", "start", "shared", "wait", "start", "wait"]
 
 
+def strided() -> bool:
+    """Rows and their gradients that do not lie one after the other."""
+    expert_mesh()
+    assert torch.distributed.group.WORLD is not None
+    splits = exchange.Splits(torch.distributed.group.WORLD, [2, 2], [2, 2], are_equal=True)
+    both, dboth = (numbers(2, HIDDEN, 4, seed=seed) for seed in (1, 2))  # (rank, D, rows)
+    rank = torch.distributed.get_rank()
+    rows = both[rank].T.requires_grad_()
+    arrived = exchange.Travel(rows, splits, "rows").wait()
+    arrived.backward(dboth[rank].T)
+    half = slice(2 * rank, 2 * rank + 2)
+    assert rows.grad is not None
+    return torch.equal(arrived, both[:, :, half].transpose(1, 2).flatten(0, 1)) and torch.equal(
+        rows.grad, dboth[:, :, half].transpose(1, 2).flatten(0, 1)
+    )
+
+
+def test_rows_of_any_strides() -> None:
+    assert run_ranks(strided, 2) == [True, True]
+
+
 def eager_shared() -> list[str]:
     """Without parallel experts nothing is put off: the shared expert runs before the others."""
     layer = make_layer("token_choice")

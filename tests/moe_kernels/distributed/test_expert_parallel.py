@@ -1,5 +1,6 @@
 """Experts divided among ranks against the same layer in one process."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_kernels as mk
 from moe_kernels.distributed import shard_experts
 from moe_kernels.upcycling.experts import UnfusedExperts
+from moe_kernels.upcycling.module import UpcycledMLP
 from tests.ranks import run_ranks
 
 from .parallel_layers import (
@@ -143,27 +145,36 @@ def test_total_skew(target: int | None) -> None:
     assert max(run_ranks(skewed, 4, target)) < 1e-12
 
 
-def unfused() -> float:
-    """Experts with an activation that the fused MLP does not have."""
+def upcycled() -> float:
+    """What ``upcycle`` makes of an MLP whose activation the fused experts do not have."""
     mk.use_backend("cpu,reference")
     rank = torch.distributed.get_rank()
-    single, layer = make_layer("token_choice"), make_layer("token_choice")
-    for each in (single, layer):
+    blocks = []
+    for _ in range(2):
+        layer = make_layer("token_choice")
+        assert isinstance(layer.router, mk.TokenChoiceRouter)
         torch.manual_seed(4)
-        each.experts = UnfusedExperts(HIDDEN, 24, EXPERTS, "quick_gelu", True, bias=True).double()
-    shard_experts(layer, expert_mesh())
+        experts = UnfusedExperts(HIDDEN, 24, EXPERTS, "quick_gelu", True, bias=True).double()
+        blocks.append(UpcycledMLP(layer.router, experts, layer.shared_expert))
+    single, block = blocks
+    shard_experts(block, expert_mesh())
+    is_late = []
+    block.experts.register_forward_pre_hook(lambda _, given: is_late.append(callable(given[2])))
     x = numbers(2, 2, SEQ, HIDDEN, seed=1)
     dout = numbers(2, 2, SEQ, HIDDEN, seed=DOUT_SEED)
-    outputs = [plain(single, x[owner]) for owner in range(2)]
+    outputs = [single(x[owner]) for owner in range(2)]
     torch.stack(outputs).backward(dout)
-    out = plain(layer, x[rank])
+    with mk.collect_plans(block) as plans:
+        out = block(x[rank])
     out.backward(dout[rank])
+    assert is_late == [True]
+    assert [plan.num_rows for plan in plans[""]] == [2 * 2 * SEQ]
     references = {n: p.grad for n, p in single.named_parameters() if p.grad is not None}
-    return max(relative(out, outputs[rank]), worst(gradients(layer), references))
+    return max(relative(out, outputs[rank]), worst(gradients(block), references))
 
 
-def test_other_activations() -> None:
-    assert max(run_ranks(unfused, 2)) < 1e-12
+def test_upcycled_layers() -> None:
+    assert max(run_ranks(upcycled, 2)) < 1e-12
 
 
 def accumulate() -> float:
@@ -195,7 +206,10 @@ def test_accumulation_and_frozen_weights() -> None:
 
 
 def without_gradient() -> tuple[float, bool]:
-    """no_grad and all weights frozen: the first gives the same output, the second dx alone."""
+    """no_grad and all weights frozen: the first gives the same output, the second dx alone.
+
+    The anomaly mode must not look at gradients that have not arrived.
+    """
     mk.use_backend("cpu,reference")
     layer, single = make_layer("token_choice"), make_layer("token_choice")
     layer.requires_grad_(False)
@@ -203,8 +217,10 @@ def without_gradient() -> tuple[float, bool]:
     x = numbers(1, SEQ, HIDDEN, seed=torch.distributed.get_rank()).requires_grad_()
     with torch.no_grad():
         still = plain(layer, x)
-    out = plain(layer, x)
-    out.backward(numbers(1, SEQ, HIDDEN, seed=DOUT_SEED))
+    with warnings.catch_warnings(action="ignore"), torch.autograd.detect_anomaly():
+        torch.full((SEQ * 2, HIDDEN), torch.nan, dtype=torch.float64)  # what new memory may hold
+        out = plain(layer, x)
+        out.backward(numbers(1, SEQ, HIDDEN, seed=DOUT_SEED))
     return relative(still, plain(single, x)), x.grad is not None and torch.equal(still, out)
 
 

@@ -13,6 +13,7 @@ import moe_kernels as mk
 from moe_kernels.distributed import (
     DistributedMismatch,
     debug_collectives,
+    global_choice,
     global_expert_choice,
     global_kth_largest,
     global_pair_choice,
@@ -175,10 +176,12 @@ def count_messages(dtype):
 
 @pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 4), (torch.float64, 8)])
 def test_messages_are_histograms_however_many_tokens_there_are(dtype, passes):
-    histograms = passes * EXPERTS * 256 * 4 + 2 * 4  # and tokens, and values that are not finite
+    histograms = passes * EXPERTS * 256 * 4
+    # and tokens, those that were promised, and values that are not finite
+    ties = (EXPERTS + 3) * 4
     for few, many, uncounted in run_ranks(count_messages, 2, dtype):
         assert few[0] == {"all_reduce": passes, "all_gather": 1}
-        assert few[1] == {"all_reduce": histograms, "all_gather": EXPERTS * 4}
+        assert few[1] == {"all_reduce": histograms, "all_gather": ties}
         assert many == few
         assert uncounted[0] == {"all_reduce": passes + 1, "all_gather": 1}
         assert uncounted[1]["all_reduce"] == histograms + 8
@@ -228,7 +231,7 @@ def wrong_calls():
         broken[3, 2] = float("nan")
     attempts = [
         (global_expert_choice, broken, {}),
-        (global_expert_choice, logits, {"num_tokens_global": 17}),
+        (global_expert_choice, logits, {"num_tokens_global": 16 + rank}),
         (global_expert_choice, logits, {"capacity": 17}),
         (global_expert_choice, logits, {"capacity": 2, "capacity_factor": 2.0}),
         (global_expert_choice, logits, {"affinity": "identity", "normalize": "per_token"}),
@@ -243,6 +246,9 @@ def wrong_calls():
         said.append(str(error.value))
     with pytest.raises(ValueError, match="process_group is None"):
         global_expert_choice(logits, process_group=None)
+    global_choice._MOST_PAIRS = 63
+    with pytest.raises(ValueError, match="the ranks have 64 pairs; expected at most 63"):
+        global_pair_choice(logits, 3, process_group=group.WORLD)
     return said
 
 
@@ -250,10 +256,23 @@ def test_wrong_calls_raise_on_every_rank():
     first, second = run_ranks(wrong_calls, 2)
     assert "1 non-finite values on all ranks, 0 of them on rank 0" in first[0]
     assert "1 of them on rank 1" in second[0]
-    assert "num_tokens_global is 17, but the ranks have 16 tokens" in first[1]
+    assert "num_tokens_global is 17, but the ranks have 16 tokens, 8 to 8 each" in first[1]
     assert first[1:] == second[1:]
     assert "the 16 tokens" in first[2]
     assert "the 64 pairs" in first[5]
+
+
+def started_again():
+    """A group of the same name as one that has ended."""
+    logits = draw_logits("normal", 8, 4, torch.float32, 0)
+    before = global_kth_largest(logits, 3, process_group=group.WORLD)
+    distributed.destroy_process_group()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    assert torch.equal(global_kth_largest(logits, 3, process_group=group.WORLD), before)
+
+
+def test_a_group_of_a_name_that_was_used_before():
+    run_ranks(started_again, 1)
 
 
 def other_experts():
