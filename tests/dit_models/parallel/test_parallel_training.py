@@ -7,13 +7,18 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor, distributed
 
 import dit_models.trainer
 from dit_models.checkpoints import CheckpointError
 from dit_models.config import TrainConfig
+from dit_models.routing import LayerRouting, RouterContext
+from dit_models.routing.loss_free import LossFreeRouter
+from dit_models.run_folder import load_run
 from dit_models.train import train
 from dit_models.trainer import Trainer, check_batch
 
@@ -49,6 +54,18 @@ def differences(run_dir: Path, other_dir: Path) -> dict[str, float]:
     return largest
 
 
+def _assert_averages_close(run_dir: Path, other_dir: Path) -> None:
+    """Averaged weights, and what routers learn without a gradient (biases, thresholds)."""
+    ours, theirs = (load_run(folder, "cpu").artist.model for folder in (run_dir, other_dir))
+    parameters = dict(ours.named_parameters())
+    for (name, mine), other in zip(
+        ours.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        # AdamW makes a full step of a gradient that is rounding alone.
+        atol = 1e-3 if name in parameters else 1e-6
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=atol, msg=lambda m, n=name: n + m)
+
+
 DIVISIONS = [
     ("digits", (), ["expert=1", "data=4,expert=2", "expert=4", "replicate=2,expert=2"]),
     ("digits", ("model_options.group=batch", "gradient_checkpointing=true"), ["expert=2"]),
@@ -77,6 +94,31 @@ def test_four_processes_follow_the_losses_of_one(
         found = differences(tmp_path / division, tmp_path / "one")
         assert found["loss"] < 1e-6
         assert max(found.values()) < 1e-4, (division, found)
+        _assert_averages_close(tmp_path / division, tmp_path / "one")
+
+
+def _loads_that_routers_learn_from(run_dir: Path) -> list[list[float]]:
+    """Where every process sees other loads; a new model routes all images alike."""
+    seen: list[list[float]] = []
+    route = LossFreeRouter.forward
+
+    def shifted(router: LossFreeRouter, x: Tensor, context: RouterContext) -> LayerRouting:
+        routing = route(router, x, context)
+        load = routing.observed["load"] + distributed.get_rank() / 4
+        return routing._replace(observed={"load": load})
+
+    with (
+        patch.object(LossFreeRouter, "forward", shifted),
+        patch.object(LossFreeRouter, "update", lambda _, o: seen.append(o["load"].tolist())),
+    ):
+        _train((run_dir, "digits-loss-free", ("stop_at=1",)))
+    return seen
+
+
+def test_routers_learn_from_what_all_processes_observed(tmp_path: Path) -> None:
+    first, second = run_ranks(_loads_that_routers_learn_from, 2, tmp_path)
+    assert first == second
+    assert all(load % 0.5 == 1 / 8 for layer in first for load in layer)
 
 
 def test_bf16_products_follow_one_process_with_autocast(tmp_path: Path) -> None:
