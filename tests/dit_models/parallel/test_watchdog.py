@@ -133,6 +133,7 @@ def test_what_may_take_long_ends_nothing(tmp_path, kind):
 def _orphan(folder: Path) -> None:
     """A process with a watchdog, whose parent ends; it writes down the signal that it gets."""
     if os.fork():
+        _wait_for(folder / "watching")  # or the child would take what adopts it for its torchrun
         return
     os.environ["TORCHELASTIC_RUN_ID"] = "run"
 
@@ -142,16 +143,21 @@ def _orphan(folder: Path) -> None:
 
     signal.signal(signal.SIGTERM, note)
     with Watchdog(folder, 0, 1, 1.0):
+        (folder / "watching").touch()
         time.sleep(20)
     os._exit(1)
 
 
-def test_a_process_whose_torchrun_has_died_is_told_to_stop(tmp_path):
-    run_ranks(_orphan, 1, tmp_path)
+def _wait_for(path: Path) -> None:
     for _ in range(100):
-        if (tmp_path / "signal").exists():
+        if path.exists():
             break
         time.sleep(0.1)
+
+
+def test_a_process_whose_torchrun_has_died_is_told_to_stop(tmp_path):
+    run_ranks(_orphan, 1, tmp_path)
+    _wait_for(tmp_path / "signal")
     time.sleep(0.1)
     assert (tmp_path / "signal").read_text() == str(int(signal.SIGTERM))
 
