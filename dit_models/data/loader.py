@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,8 +42,24 @@ def _obey_the_parent_alone(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, which cannot tell who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+
+
+@contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """Context in which workers are started: every thread of theirs then has SIGTERM blocked.
+
+    Blocked in the worker itself it would be too late for threads that libraries start there before,
+    and the signal goes to any thread that takes it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_when_the_parent_says() -> None:
@@ -193,4 +210,5 @@ class BatchLoader:
             generator=torch.Generator().manual_seed(self.seed),
             worker_init_fn=_obey_the_parent_alone,
         )
-        return iter(loader)
+        with _sigterm_held_back():
+            return iter(loader)
