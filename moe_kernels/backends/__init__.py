@@ -54,6 +54,7 @@ class Backend:
         reason: why ``module`` is ``None``.
         on_request: further device types, served when the backend is asked for by name only.
         record: its name in the build's record, when it is built with the package.
+        package: an optional package that it calls; its module says how to install that.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Backend:
     reason: str = ""
     on_request: tuple[str, ...] = ()
     record: str = ""
+    package: str = ""
 
     def why_not(self, op: str, device_type: str) -> str | None:
         """Say why this backend cannot serve ``op`` on ``device_type``; ``None`` when it can."""
@@ -99,6 +101,8 @@ class Backend:
         return str(describe())
 
     def _why_missing(self, error: ImportError) -> str:
+        if self.package:
+            return f"cannot run: {error}"
         if not self.record:
             return f"cannot be imported ({error})"
         if build_record().get(self.record, {}).get("built"):
@@ -141,7 +145,12 @@ BACKENDS = {
             record="cpu",
         ),
         Backend(
-            "megablocks", "megablocks, when installed", ("cuda",), reason="not in this version"
+            "megablocks",
+            "grouped products of megablocks, bf16 token choice; on request only",
+            ("cuda",),
+            module="moe_kernels.backends.megablocks",
+            on_request=("cuda",),
+            package="grouped_gemm",
         ),
         Backend(
             "reference",

@@ -74,7 +74,8 @@ def _why_nowhere(backend: Backend, op: str, devices: dict[str, torch.device]) ->
     if None in reasons:
         return None
     # A missing module is said before a missing GPU: it would be missing on a GPU, too.
-    if backend.record and (reason := backend.why_no_kernel(op)) is not None:
+    own = backend.record or backend.package
+    if own and (reason := backend.why_no_kernel(op)) is not None:
         return reason
     if backend.module is not None and "cuda" in backend.device_types and "cuda" not in types:
         return NO_GPU

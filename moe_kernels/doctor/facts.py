@@ -16,7 +16,7 @@ from moe_kernels.doctor import programs
 DISTRIBUTION = "dit-moe-kernels"
 PACKAGE = Path(__file__).parent.parent
 # Used when they are there and somebody's model needs them.
-PEERS = ("diffusers", "transformers", "kernels", "timm", "megablocks")
+PEERS = ("diffusers", "transformers", "kernels", "timm", "megablocks", "grouped_gemm")
 # The same library under the names of its other builds.
 TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")
 # Every MOE_KERNELS_ variable that something reads; a test holds this to the README's table.

@@ -13,6 +13,7 @@ from moe_kernels.backends import Backend, measured
 from moe_kernels.testing import ERROR_FLOOR, make_logits, relative_error
 
 EXPERTS = 4
+ROUTERS = ("token_choice", "expert_choice")
 # T, D, F: several tiles of a kernel, and a rest of one.
 SIZES = (128, 40, 56)
 # Triton's interpreter and the simulated GPU take milliseconds for what a GPU does in nanoseconds.
@@ -20,6 +21,8 @@ SMALL = (16, 24, 40)
 Results = dict[str, Tensor]
 Sizes = tuple[int, int, int]
 _CPU = torch.device("cpu")
+# The op that tells whether a backend works on a device, where it is not "dispatch".
+_PROBES = {"megablocks": "expert_mlp"}
 OUT = "token_choice's out"
 
 
@@ -78,10 +81,11 @@ class _Expected:
 
 
 def _checks(backend: Backend, expected: _Expected) -> Iterator[Check]:
+    op = _PROBES.get(backend.name, "dispatch")
     try:
-        reasons = {device: backend.why_not("dispatch", device.type) for device in devices()}
+        reasons = {device: backend.why_not(op, device.type) for device in devices()}
         # A module that cannot be loaded is said before a missing GPU.
-        missing = backend.why_no_kernel("dispatch") if backend.module else None
+        missing = backend.why_no_kernel(op) if backend.module else None
     except Exception as error:  # a backend's module may raise anything when imported
         yield Check(backend.name, "", "failed", summary(error))
         return
@@ -110,6 +114,8 @@ def _check(name: str, device: torch.device, expected: _Expected) -> Check:
 
 
 def _dtypes(name: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    if name == "megablocks":
+        return (torch.bfloat16,)
     # Triton's interpreter multiplies bf16 wrongly; the kernels are not to blame.
     if name == "triton" and device.type == "cpu":
         return (torch.float32,)
@@ -127,7 +133,8 @@ def _compare(
     dtype = plain[OUT].dtype
     # What a backend has no kernel for is the reference's, as in a request of two names.
     request = name if name == "reference" else f"{name},reference"
-    first, again = (_layer(request, device, sizes, dtype, dtype) for _ in range(2))
+    routers = ROUTERS[:1] if name == "megablocks" else ROUTERS
+    first, again = (_layer(request, device, sizes, dtype, dtype, routers) for _ in range(2))
     share = 0.0
     for key, result in first.items():
         if not bool(result.isfinite().all()):
@@ -155,9 +162,14 @@ def _floor(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _layer(
-    request: str, device: torch.device, sizes: Sizes, dtype: torch.dtype, compute: torch.dtype
+    request: str,
+    device: torch.device,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    routers: tuple[str, ...] = ROUTERS,
 ) -> Results:
-    """Both routers, rows there and back, the expert MLP, losses, and every gradient.
+    """Every router, rows there and back, the expert MLP, losses, and every gradient.
 
     Args:
         request: the backends that are asked for.
@@ -165,6 +177,7 @@ def _layer(
         sizes: T, D, F.
         dtype: the inputs are rounded to it.
         compute: what they are converted to then; fp64 gives the exact results.
+        routers: which of ``ROUTERS``.
     """
     tokens, hidden, inner = sizes
     wide = torch.float64 if compute == torch.float64 else torch.float32
@@ -182,7 +195,7 @@ def _layer(
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for leaf in leaves.values():
             leaf.requires_grad_()
-        for router in ("token_choice", "expert_choice"):
+        for router in routers:
             if router == "token_choice":
                 plan = mk.token_choice(logits, 2, num_groups=2, backend=request)
             else:
