@@ -26,7 +26,7 @@ REBUILD := $(FOR_TESTS) $(BIN)/python setup.py --quiet build_ext --inplace
 # What follows in a recipe runs on another build; the usual one comes back also when that fails.
 AND_RESTORE := trap '$(REBUILD)' EXIT; trap 'exit 130' INT TERM;
 
-.PHONY: environment train train-text test test-reference test-sanitize gpu-check lint format help clean
+.PHONY: environment train train-text test test-reference test-sanitize bench gpu-check lint format help clean
 
 help:
 	@echo "make train    install, train EC-DiT on real digits, sample, evaluate  (ARGS=...)"
@@ -35,6 +35,7 @@ help:
 	@echo "make test-reference  the suite without the compiled modules           (TESTS=...)"
 	@echo "make test-sanitize   tests/moe_kernels on modules that check memory accesses and"
 	@echo "                     undefined behaviour; wants GCC                    (TESTS=...)"
+	@echo "make bench    install, measure this machine beside others, under 10 min.   (ARGS=...)"
 	@echo "make gpu-check  tests and benchmarks that need a CUDA GPU, under 8 minutes (ARGS=...)"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make format   ruff and clang-format, in place"
@@ -64,6 +65,9 @@ test-sanitize: $(VENV)/.installed-dev
 	  UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
 	  $(BIN)/python -m pytest --capture=sys $(or $(TESTS),tests/moe_kernels)
 
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
 # The CUDA kernels are tested where they could be built; without them the rest is.
 gpu-check: export MOE_KERNELS_BUILD ?= auto
 gpu-check: $(VENV)/.installed-dev
@@ -92,8 +96,13 @@ $(VENV)/.installed-train: $(METADATA) $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[train]"
 	@touch $@
 
+# Whole models are saved and loaded on the way, as by the trainer.
+$(VENV)/.installed-bench: $(METADATA) $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[bench,train]"
+	@touch $@ $(VENV)/.installed-train
+
 $(VENV)/.installed-dev: $(METADATA) $(NATIVE) | $(BIN)/python
 	$(FOR_TESTS) $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	@# Without torchvision, of which there is no build for every torch; the tests stand in for it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps torch-fidelity
-	@touch $@ $(VENV)/.installed-train
+	@touch $@ $(VENV)/.installed-train $(VENV)/.installed-bench

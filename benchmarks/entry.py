@@ -70,6 +70,19 @@ class FigureGoal:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """Where an entry stands in a series, which is every entry with the first word of its name.
+
+    Attributes:
+        name: ``"tokens"``, ``"images"``, ``"experts"``, ``"capacity"`` or ``"width"``.
+        value: the size that varies; everything else is the same along the series.
+    """
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Entry:
     """One row of the suite, as data.
 
@@ -84,6 +97,7 @@ class Entry:
         dtype: of the tokens and weights; routing is in fp32 in every provider.
         memory: providers whose peak memory is measured.
         figures: wanted figures of a GPU.
+        axis: place in a series; ``None`` outside of one.
     """
 
     name: str
@@ -96,6 +110,7 @@ class Entry:
     dtype: str = "float32"
     memory: tuple[str, ...] = ()
     figures: tuple[FigureGoal, ...] = ()
+    axis: Axis | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -129,8 +144,8 @@ class Run:
         outputs: names of what ``call`` returns.
         leaves: tensors that gradients are taken for; several under one name are the parts of the
             shared tensor along its first dimension, in order.
-        canonical: puts the outputs into the layout of the truth before they are compared (not
-            timed); by default they are in it.
+        canonical: puts outputs and gradients (``d<leaf>``) into the layout of the truth before they
+            are compared (not timed); by default they are in it.
     """
 
     call: Callable[[], tuple[Tensor, ...]]
@@ -156,6 +171,7 @@ class Provider:
             FLOPs: timed, not compared).
         compiled: whether it needs ``torch.compile``.
         forward_only: whether only its forward is comparable.
+        library: whether the code is another library's: ours is not held to its error.
     """
 
     build: Callable[[Inputs], Run]
@@ -163,6 +179,7 @@ class Provider:
     kind: str = "plain"
     compiled: bool = False
     forward_only: bool = False
+    library: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from benchmarks.entry import CPU, Entry
 from benchmarks.environment import describe
 from benchmarks.gpu import first_steps, sanitize, summary, supervise
 from benchmarks.gpu.hardware import QUERY, query, slug
-from benchmarks.run import select
+from benchmarks.libraries import survey
 from benchmarks.runner import failed
+from benchmarks.suites import select
 from dit_models.atomic import write_text
 from moe_kernels.backends import BACKENDS
 
@@ -101,6 +102,8 @@ def _cuda_kernels(device: torch.device) -> str:
 def _document(arguments: Sequence[str], device: torch.device, options: Any) -> dict[str, Any]:
     environment = describe(arguments, device, module="benchmarks.gpu_check")
     return {
+        "schema": 2,
+        "libraries": survey(device),
         "environment": {**environment, "cuda_kernels": _cuda_kernels(device)},
         "settings": {"suite": "gpu", "seconds": options.seconds, "only": options.only},
         "complete": False,
@@ -172,9 +175,11 @@ def _suite(entries: list[Entry], document: dict[str, Any], options: Any, seconds
 def _write(path: Path, document: dict[str, Any], draw: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, output.text(document))
+    prefix = f"{path.stem}-"
     write_text(path.with_suffix(".md"), report.markdown(document))
     if draw and importlib.util.find_spec("matplotlib") is not None:
-        plots.draw(path.parent, document["entries"], prefix=f"{path.stem}-")
+        pictures = plots.draw(path.parent, document, prefix=prefix)
+        write_text(path.with_suffix(".md"), report.markdown(document, pictures, prefix))
     elif draw:
         print("no plots: matplotlib is not installed")
 

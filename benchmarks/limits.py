@@ -3,10 +3,13 @@
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from benchmarks.entry import Cost
+
+LARGE_COPY = 2**28  # bytes
 
 
 def _best_seconds(function: Callable[[], object]) -> float:
@@ -42,6 +45,15 @@ def limit_seconds(cost: Cost, dtype: torch.dtype) -> float:
     The copy moves about as many bytes as the entry, so that what fits a cache is compared with
     what a cache delivers.
     """
-    size = min(2**28, max(2**16, 1 << (int(cost.bytes) // 2).bit_length()))
+    size = min(LARGE_COPY, max(2**16, 1 << (int(cost.bytes) // 2).bit_length()))
     rate = max(product_flops(torch.float32), product_flops(dtype))
     return max(cost.flops / rate, cost.bytes / copy_bytes(size) if cost.bytes else 0.0)
+
+
+def rates() -> dict[str, Any]:
+    """Measured rates of large products, by dtype, and of a copy that fits no cache."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return {
+        "product": {str(dtype).removeprefix("torch."): product_flops(dtype) for dtype in dtypes},
+        "copy": copy_bytes(LARGE_COPY),
+    }

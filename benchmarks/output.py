@@ -6,7 +6,9 @@ from typing import Any
 
 from dit_models.atomic import write_text
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# Of runs that nobody keeps, which git ignores; and stored ones, which the page shows.
+RUNS = Path(__file__).resolve().parent / "runs"
+RESULTS = RUNS.parent / "results"
 
 
 def claim(folder: Path, force: bool) -> Path:
@@ -36,7 +38,37 @@ def text(document: dict[str, Any], indent: int | None = 1) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A document that ``write`` wrote; the folder or the file may be named."""
-    document = json.loads((path / "results.json" if path.is_dir() else path).read_text())
-    assert isinstance(document, dict)
+    """A document that ``write`` wrote; the folder or the file may be named.
+
+    Raises:
+        OSError: when there is no such file.
+        ValueError: when it holds something else.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        document = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{file} is not a result: expected an object, not {type(document)}")
+    return document
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The same of a run of the suite, which has entries.
+
+    Raises:
+        OSError: when there is no such file.
+        ValueError: when it holds something else.
+    """
+    document = read(path)
+    entries = document.get("entries")
+    wanted = {"name", "providers", "modes"}
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and wanted <= entry.keys() for entry in entries
+    ):
+        raise ValueError(
+            f'{path} has no list "entries" of measurements; expected the results.json of '
+            "python -m benchmarks.run, or its folder"
+        )
     return document

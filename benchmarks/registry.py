@@ -1,10 +1,13 @@
-"""The entries, as data, and the suites that they make up."""
+"""The entries, as data; ``suites.py`` says which of them make up a suite."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks.entry import MODES, Entry, Goal, Shape
 from benchmarks.registry_gpu import GPU_ENTRIES
+from benchmarks.registry_presets import PRESET_ENTRIES
+from benchmarks.registry_scaling import SCALING_ENTRIES
+from benchmarks.stages.skew import SKEWS
 
 ROUTE_MODES = ("forward", "backward")
 
@@ -78,6 +81,7 @@ def _combine() -> Iterator[Entry]:
 def _dit_moe_layer() -> Iterator[Entry]:
     tiny = {"B": 2, "S": 24, "D": 16, "E": 8}
     plain = ("published", "good_eager", "compiled", "grouped_mm")
+    libraries = ("transformers_eager", "transformers_grouped_mm")
     for hidden_size, batch_size, seq_len, published, dense in (
         (384, 8, 256, 1.45, 1.03),
         (768, 4, 256, 1.4, 1.05),
@@ -96,7 +100,7 @@ def _dit_moe_layer() -> Iterator[Entry]:
             {"B": batch_size, "S": seq_len, "D": hidden_size, "E": 8},
             tiny,
             MODES,
-            (*plain, "reference", "dense_limit", "ours"),
+            (*plain, *libraries, "reference", "dense_limit", "ours"),
             goals if large else goals[:2],
             memory=("published", "good_eager", "dense_limit", "ours") if large else (),
         )
@@ -137,6 +141,30 @@ def _in_bfloat16(entry: Entry) -> Entry:
     return replace(entry, name=f"{entry.name}-bf16", dtype="bfloat16", goals=(), memory=())
 
 
+def _skew() -> Iterator[Entry]:
+    """Token choice with experts that are used unequally; uniform is what random routers do."""
+    for skew in SKEWS:
+        for experts, top_k in ((8, 2), (64, 6)):
+            shape: Shape = {"T": 8192, "E": experts, "K": top_k, "skew": skew}
+            yield Entry(
+                f"token_choice_skew/{skew}-T8192-E{experts}-K{top_k}",
+                "token_choice",
+                shape,
+                {**shape, "T": 33},
+                ROUTE_MODES,
+                ("eager", "tuned", "ours"),
+            )
+        shape = {"B": 4, "S": 256, "D": 384, "E": 8, "skew": skew}
+        yield Entry(
+            f"dit_moe_skew/{skew}-D384-T1024",
+            "dit_moe_layer",
+            shape,
+            {**shape, "B": 2, "S": 24, "D": 16},
+            ("forward", "both"),
+            ("published", "good_eager", "grouped_mm", "dense_limit", "ours"),
+        )
+
+
 def _overhead() -> Iterator[Entry]:
     """Each public op on 16 tokens, where the time is the call."""
     sizes = {"T": 16, "D": 16, "E": 8, "K": 2}
@@ -150,14 +178,17 @@ def _overhead() -> Iterator[Entry]:
         ("ec_layer", image, "good_eager"),
     )
     for stage, shape, plain in stages:
-        providers = (plain, "reference", "ours")
+        # It copies the matrices of every row, which only so small a shape allows.
+        copied = ("transformers_batched_mm",) if stage == "dit_moe_layer" else ()
+        providers = (plain, *copied, "reference", "ours")
         yield Entry(f"overhead/{stage}", stage, shape, shape, MODES, providers)
     losses = ("load_balance_loss", "router_z_loss", "router_similarity_loss")
     for op in ("grouped_gemm", "expert_mlp", *losses):
         shape = {"op": op, **sizes}
         modes = ("forward",) if op in losses else MODES
-        providers = ("eager", "reference", "ours")
-        yield Entry(f"overhead/{op}", "single_op", shape, shape, modes, providers)
+        # Routing has computed the first two, off the clock: code that does it here is no peer.
+        peers = () if op in losses[:2] else ("eager", "reference")
+        yield Entry(f"overhead/{op}", "single_op", shape, shape, modes, (*peers, "ours"))
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -167,27 +198,11 @@ ENTRIES: tuple[Entry, ...] = (
     *_combine(),
     *_dit_moe_layer(),
     *_ec_layer(),
+    *_skew(),
+    *PRESET_ENTRIES,
     *_overhead(),
+    *SCALING_ENTRIES,
 )
-
-
-def _stages(*prefixes: str) -> tuple[Entry, ...]:
-    return tuple(entry for entry in ENTRIES if entry.name.startswith(prefixes))
-
-
-def _tiny(entry: Entry) -> Entry:
-    """The entry at its tiny shape, where neither goals nor memory mean anything."""
-    return replace(entry, shape=entry.tiny, goals=(), memory=(), figures=())
-
-
-SUITES: dict[str, tuple[Entry, ...]] = {
-    "cpu": ENTRIES,
-    "router": _stages("token_choice/", "expert_choice/"),
-    "layer": _stages("dit_moe_layer/", "ec_layer/"),
-    "smoke": tuple(_tiny(entry) for entry in ENTRIES),
-    "gpu": GPU_ENTRIES,
-    "gpu-smoke": tuple(_tiny(entry) for entry in GPU_ENTRIES),
-}
 
 
 def find_entry(name: str) -> Entry:

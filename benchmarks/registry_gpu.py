@@ -5,10 +5,18 @@ A run that has little time does the first of them.
 
 from collections.abc import Iterator
 
-from benchmarks.entry import BY_BACKEND, Entry, FigureGoal, Goal
+from benchmarks.entry import BY_BACKEND, Entry, FigureGoal, Goal, Shape
+from benchmarks.registry_presets import GPU_PRESET_ENTRIES
+from benchmarks.registry_scaling import GPU_SCALING_ENTRIES
 
 ROUTE_MODES = ("forward", "backward", "both")
 LAYER_MODES = ("forward", "both")
+# Expert MLPs of other libraries. Not transformers_batched_mm: it copies the matrices of every row,
+# hundreds of gigabytes at these shapes.
+LIBRARIES = (
+    *("transformers_eager", "transformers_grouped_mm", "megablocks_grouped", "megablocks_sparse"),
+    *("liger", "moe_ops", "scattermoe", "sonicmoe"),
+)
 
 # Every layer, whoever runs it, has to keep the host free.
 NO_SYNC = FigureGoal("host_syncs", at_most=0)
@@ -77,7 +85,7 @@ def _token_choice() -> Iterator[Entry]:
                 {"T": tokens, "E": experts, "K": 2},
                 {"T": 33, "E": experts, "K": 2},
                 ROUTE_MODES,
-                ("eager", "tuned", *BY_BACKEND, "ours"),
+                ("eager", "tuned", "transformer_engine", *BY_BACKEND, "ours"),
                 (Goal("forward", "eager", at_least=5.0),) if tokens == 32768 else (),
                 figures=(NO_SYNC,),
             )
@@ -108,8 +116,10 @@ def _dit_moe_xl(batch_size: int) -> Entry:
         {"B": 2, "S": 24, "D": 16, "E": 8, "shared": 0},
         LAYER_MODES,
         (
-            *("good_eager", "grouped_mm", "grouped_permute", "grouped_compiled"),
-            *("liger", "moe_ops", "dense_limit", "ours"),
+            *("published", "good_eager", "compiled"),
+            *("grouped_mm", "grouped_permute", "grouped_compiled"),
+            *LIBRARIES,
+            *("dense_limit", "ours"),
         ),
         dtype="bfloat16",
         memory=("good_eager", "grouped_permute", "grouped_compiled", "dense_limit", "ours"),
@@ -136,7 +146,7 @@ def _rows(tokens: int) -> Iterator[Entry]:
         {"T": tokens, **shape},
         {"T": 33, **tiny},
         ("forward", "backward"),
-        ("index_select", *BY_BACKEND, "ours"),
+        ("index_select", "transformer_engine", *BY_BACKEND, "ours"),
         dtype="bfloat16",
         figures=wanted,
     )
@@ -148,10 +158,35 @@ def _rows(tokens: int) -> Iterator[Entry]:
             {"router": router, "T": tokens, **shape},
             {"router": router, "T": 32, **tiny},
             ("forward", "backward"),
-            ("index_add", *middle, *BY_BACKEND, "ours"),
+            ("index_add", *middle, "transformer_engine", *BY_BACKEND, "ours"),
             dtype="bfloat16",
             figures=combined,
         )
+
+
+def _skew(skew: str) -> Iterator[Entry]:
+    """Unequal use of the experts, beside the equal one of the entries without the word."""
+    shape: Shape = {"T": 32768, "E": 64, "K": 2, "skew": skew}
+    yield Entry(
+        f"gpu_token_choice_skew/{skew}-T32768-E64-K2",
+        "token_choice",
+        shape,
+        {**shape, "T": 33},
+        ROUTE_MODES,
+        ("eager", "tuned", "transformer_engine", "ours"),
+        figures=(NO_SYNC,),
+    )
+    shape = {"B": 32, "S": 256, "D": 1152, "E": 8, "shared": 0, "skew": skew}
+    yield Entry(
+        f"gpu_dit_moe_skew/{skew}-T8192-D1152-E8-K2",
+        "dit_moe_layer",
+        shape,
+        {**shape, "B": 2, "S": 24, "D": 16},
+        LAYER_MODES,
+        ("good_eager", "grouped_mm", "grouped_permute", *LIBRARIES, "dense_limit", "ours"),
+        dtype="bfloat16",
+        figures=(NO_SYNC,),
+    )
 
 
 GPU_ENTRIES: tuple[Entry, ...] = (
@@ -170,4 +205,8 @@ GPU_ENTRIES: tuple[Entry, ...] = (
     *_expert_choice(512),
     *_expert_choice(4096),
     *_rows(8192),
+    *_skew("zipf"),
+    *_skew("collapsed"),
+    *GPU_PRESET_ENTRIES,
+    *GPU_SCALING_ENTRIES,
 )

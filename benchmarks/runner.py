@@ -1,17 +1,21 @@
 """One entry: build the providers, check them, time them in turns, weigh the goals."""
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import memory
+from benchmarks import memory, op_counts
 from benchmarks.check import OURS, Verdict, first_line, judge
 from benchmarks.entry import MODES, Entry, Inputs, Run, Stage
+from benchmarks.gpu.calls import call_of
 from benchmarks.limits import limit_seconds
 from benchmarks.ratios import Summary, ratios, slower, summarize
 from benchmarks.stages import STAGES
 from benchmarks.timing import measure, sampler
+
+NOT_COMPILED = "torch.compile was left out: --no-compile, no C++ compiler, or too little time"
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Settings:
 
 def run_entry(entry: Entry, settings: Settings) -> dict[str, Any]:
     """Result of one entry, ready for JSON; nothing is timed when ours is wrong."""
-    stage = STAGES[entry.stage]
+    stage, began = STAGES[entry.stage], time.monotonic()
     inputs = stage.make_inputs(entry.shape, entry.torch_dtype)
     if settings.compiled:
         torch.compiler.reset()  # code of other entries counts towards the recompilation limit
@@ -38,22 +42,34 @@ def run_entry(entry: Entry, settings: Settings) -> dict[str, Any]:
         "stage": entry.stage,
         "shape": dict(entry.shape),
         "dtype": entry.dtype,
+        "device": "cpu",
+        "axis": axis_of(entry),
         "providers": {
             name: {"kind": stage.providers[name].kind, **asdict(verdict)}
             for name, verdict in verdicts.items()
         },
         "modes": {},
+        "calls": {},
         "memory": {},
         "goals": [],
         "slower": [],
     }
+    if "load" in inputs.fixed:  # the largest share of the tokens that one expert has, times E
+        result["load"] = inputs.fixed["load"]
     if verdicts["ours"].timed:
         for mode in [mode for mode in entry.modes if mode in settings.modes]:
             result["modes"][mode] = _time(entry, stage, inputs, runs, verdicts, mode, settings)
+        result["calls"] = _calls(result, stage, inputs, runs, verdicts)
         if settings.memory:
             result["memory"] = _memory(entry, verdicts)
         weigh(entry, stage, result)
+    result["seconds"] = time.monotonic() - began
     return result
+
+
+def axis_of(entry: Entry) -> dict[str, Any] | None:
+    """Where the entry stands in a series, as the result says it."""
+    return None if entry.axis is None else asdict(entry.axis)
 
 
 def failed(result: dict[str, Any]) -> bool:
@@ -65,7 +81,7 @@ def failed(result: dict[str, Any]) -> bool:
 def _build(stage: Stage, name: str, inputs: Inputs, settings: Settings) -> Run | str:
     provider = stage.providers[name]
     if provider.compiled and not settings.compiled:
-        return "torch.compile was switched off"
+        return NOT_COMPILED
     try:
         return provider.build(inputs)
     except Exception as error:
@@ -93,9 +109,30 @@ def _time(
     return {
         "rounds": len(samples["ours"]),
         "limit": limit_seconds(cost, entry.torch_dtype),
+        "cost": asdict(cost),
         "times": {name: asdict(summarize(values)) for name, values in samples.items()},
         "ratios": {name: asdict(summary) for name, summary in ratios(samples).items()},
     }
+
+
+def _calls(
+    result: dict[str, Any],
+    stage: Stage,
+    inputs: Inputs,
+    runs: dict[str, Run | str],
+    verdicts: dict[str, Verdict],
+) -> dict[str, Any]:
+    """Operators of one call of the last timed mode that is not the backward alone."""
+    found: dict[str, Any] = {}
+    modes = [mode for mode in result["modes"] if mode != "backward"]
+    for name, run in runs.items():
+        provider = stage.providers[name]
+        # Compiled code is not dispatched while operators are counted.
+        if not modes or isinstance(run, str) or not verdicts[name].timed or provider.compiled:
+            continue
+        mode = "forward" if provider.forward_only else modes[-1]
+        found[name] = {"mode": mode, **op_counts.count(call_of(run, inputs, mode))}
+    return found
 
 
 def _memory(entry: Entry, verdicts: dict[str, Verdict]) -> dict[str, Any]:

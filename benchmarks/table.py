@@ -3,18 +3,30 @@
 from collections.abc import Iterator
 from typing import Any
 
-COLUMNS = ("entry", "mode", "provider", "time", "other/ours", "quartiles", "error", "remark")
-WIDTHS = (34, 9, 13, 10, 11, 12, 8, 0)
+from benchmarks.words import duration
+
+COLUMNS = (
+    "entry",
+    "mode",
+    "provider",
+    "time",
+    "other/ours",
+    "quartiles",
+    "error",
+    "ops",
+    "reads",
+    "remark",
+)
+WIDTHS = (34, 9, 23, 10, 11, 12, 8, 4, 5, 0)
+LEGEND = (
+    "*ops*: operators that one call dispatches. *reads*: how many of them would make a GPU's host "
+    "wait. Counted in one mode."
+)
 
 
 def group_of(result: dict[str, Any]) -> str:
     """What stands together in a report: the first word of the name."""
     return str(result["name"].split("/")[0])
-
-
-def duration(seconds: float) -> str:
-    """Microseconds below 10 ms, else milliseconds."""
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-2 else f"{seconds * 1e3:.1f} ms"
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -23,7 +35,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for provider, verdict in providers.items():
         if verdict["status"] in ("wrong", "skipped"):
             word = "FAIL" if provider == "ours" else verdict["status"]
-            yield (name, "all", provider, word, "", "", "", verdict["reason"])
+            yield (name, "all", provider, word, *("",) * 5, verdict["reason"])
     for mode, found in result["modes"].items():
         for provider, time in found["times"].items():
             ratio = found["ratios"].get(provider)
@@ -35,6 +47,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 f"{ratio['median']:.2f}x" if ratio else "",
                 f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "",
                 _error(providers[provider]),
+                *_counted(result, mode, provider),
                 _remark(result, mode, provider),
             )
     ours = result["memory"].get("ours", {}).get("peak_bytes")
@@ -46,8 +59,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             provider,
             f"{peak / 2**20:.1f} MiB" if peak else "-",
             f"{peak / ours:.2f}x" if peak and ours and provider != "ours" else "",
-            "",
-            "",
+            *("",) * 4,
             found.get("reason") or _memory_remark(result, provider),
         )
 
@@ -63,6 +75,14 @@ def _memory_remark(result: dict[str, Any], provider: str) -> str:
 
 def _error(verdict: dict[str, Any]) -> str:
     return f"{max(verdict['errors'].values()):.0e}" if verdict["errors"] else ""
+
+
+def _counted(result: dict[str, Any], mode: str, provider: str) -> tuple[str, str]:
+    """Operators and device reads of one call, in the mode in which they were counted."""
+    found = result.get("calls", {}).get(provider, {})
+    if found.get("mode") != mode:
+        return "", ""
+    return str(found["ops"]), str(found["device_reads"])
 
 
 def _remark(result: dict[str, Any], mode: str, provider: str) -> str:

@@ -21,7 +21,7 @@ from benchmarks.gpu.limits import Limits
 from benchmarks.gpu.time_limit import time_limit
 from benchmarks.gpu.timing import measure
 from benchmarks.ratios import ratios, summarize
-from benchmarks.runner import Settings, weigh
+from benchmarks.runner import NOT_COMPILED, Settings, axis_of, weigh
 from benchmarks.stages import STAGES
 
 # Sets of inputs rotate while all of them stay below this; a larger one fills the cache alone.
@@ -74,6 +74,8 @@ def run_entry(entry: Entry, bench: Bench) -> dict[str, Any]:
         "stage": entry.stage,
         "shape": dict(entry.shape),
         "dtype": entry.dtype,
+        "device": device.type,
+        "axis": axis_of(entry),
         "truth": precision,
         "input_sets": len(sets),
         "providers": {
@@ -89,6 +91,8 @@ def run_entry(entry: Entry, bench: Bench) -> dict[str, Any]:
         "figures": {},
         "figure_goals": [],
     }
+    if "load" in sets[0].fixed:  # the largest share of the tokens that one expert has, times E
+        result["load"] = sets[0].fixed["load"]
     if verdicts["ours"].timed:
         settings = bench.settings
         for mode in [mode for mode in entry.modes if mode in settings.modes]:
@@ -135,7 +139,7 @@ def _compared(
     for name in sorted(entry.providers, key=lambda name: name != "ours"):
         provider, began = stage.providers[name], bench.now()
         if provider.compiled and not bench.settings.compiled:
-            verdicts[name] = Verdict("skipped", reason="torch.compile was switched off")
+            verdicts[name] = Verdict("skipped", reason=NOT_COMPILED)
             continue
         try:
             with time_limit(bench.provider_seconds):
@@ -166,11 +170,11 @@ def _time(
     on_cuda = clock.device.type == "cuda"
     state = query(clock.device, QUERY) if on_cuda else {}
     times = {name: asdict(summarize(values)) for name, values in samples.device.items()}
+    cost = stage.cost(entry.shape, entry.torch_dtype.itemsize, mode)
     found: dict[str, Any] = {
         "rounds": len(samples.device["ours"]),
-        "limit": bench.limits.seconds(
-            stage.cost(entry.shape, entry.torch_dtype.itemsize, mode), entry.torch_dtype
-        ),
+        "limit": bench.limits.seconds(cost, entry.torch_dtype),
+        "cost": asdict(cost),
         "times": times,
         "ratios": {name: asdict(ratio) for name, ratio in ratios(samples.device).items()},
         "host": {name: asdict(summarize(values)) for name, values in samples.host.items()},
@@ -198,7 +202,7 @@ def _probed(entry: Entry, stage: Stage, inputs: Inputs, runs: Runs) -> dict[str,
     """What each provider does in one call of the last mode that it has."""
     found: dict[str, Any] = {}
     for name, built in runs.items():
-        modes = [mode for mode in entry.modes if mode != "backward"]
+        modes = [mode for mode in entry.modes if mode != "backward"] or ["both"]
         mode = "forward" if stage.providers[name].forward_only else modes[-1]
         call = call_of(built[0], inputs, mode)
         call()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.table import duration
+from benchmarks.words import duration
 
 WIDTHS = (38, 9, 10, 10, 24, 8, 0)
 COLUMNS = ("entry", "mode", "ours", "in graph", "best alternative", "TFLOPS", "goals")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.table import duration
+from benchmarks.words import duration
 
 COLUMNS = (
     "entry",
@@ -92,21 +92,6 @@ def _remark(result: dict[str, Any], mode: str, provider: str) -> str:
     if "reason" in found["graph"].get(provider, {}):
         words.append(f"no graph: {found['graph'][provider]['reason']}")
     return "; ".join(words)
-
-
-def goal_rows(results: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Entry, figure, what is wanted, value and word of every figure goal; missed ones first."""
-    found = [
-        (result["name"], goal) for result in results for goal in result.get("figure_goals", [])
-    ]
-    for name, goal in sorted(found, key=lambda item: {False: 0, None: 1, True: 2}[item[1]["met"]]):
-        value = "-" if goal["value"] is None else f"{goal['value']:.3g}"
-        yield name, goal["figure"], goal["wanted"], value, word_of(goal["met"])
-
-
-def word_of(met: bool | None) -> str:
-    """Met, missed, or not measured."""
-    return {True: "met", False: "**missed**", None: "not measured"}[met]
 
 
 def line(cells: tuple[str, ...]) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.check import first_line
+from benchmarks.entry import MODES
 from benchmarks.gpu.runner import Bench, run_entry
-from benchmarks.registry import SUITES
 from benchmarks.runner import Settings
+from benchmarks.suites import SUITES
 
 # Below this nothing is started, and with less than that nothing compiles.
 MIN_SECONDS = 8.0
@@ -30,9 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     device = torch.device(options.device)
-    settings = Settings(
-        repeats=options.repeats, seconds=options.rounds_seconds, compiled=not options.no_compile
-    )
+    settings = settings_of(options)
     bench = Bench.on(device, settings)
     entries = {entry.name: entry for entry in SUITES[options.suite]}
     _write(options.out, {"rates": bench.limits.describe(torch.bfloat16)})
@@ -61,6 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def settings_of(options: argparse.Namespace) -> Settings:
+    """How long and what to measure."""
+    return Settings(
+        repeats=options.repeats,
+        seconds=options.rounds_seconds,
+        modes=tuple(options.modes),
+        compiled=not options.no_compile,
+        memory=not options.no_memory,
+    )
+
+
 def _write(path: Path, line: dict[str, Any]) -> None:
     with open(path, "a") as stream:
         stream.write(json.dumps(line) + "\n")
@@ -69,12 +79,14 @@ def _write(path: Path, line: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker")
     parser.add_argument("names", nargs="+", help="entries, in this order")
-    parser.add_argument("--suite", default="gpu", choices=("gpu", "gpu-smoke"))
+    parser.add_argument("--suite", default="gpu", choices=sorted(SUITES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, required=True, help="for all entries")
     parser.add_argument("--rounds-seconds", type=float, default=1.0, help="for one mode's rounds")
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path, required=True, help="lines of JSON are added to it")
     return parser
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import moe_kernels as mk
 from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.libraries import transformer_engine
 from benchmarks.stages.common import by_backend, generator_on, leaf, normal, separated_tokens
 
 
@@ -84,6 +85,32 @@ def _plain(function: Callable[[Tensor, Tensor, mk.RoutingPlan], Tensor]) -> Call
     return build
 
 
+def _transformer_engine(inputs: Inputs) -> Run:
+    plan, rows = inputs.fixed["plan"], leaf(inputs.leaves["rows"])
+    permute = transformer_engine.LIBRARY.on(rows.device, transformer_engine.permute)
+    unpermute = transformer_engine.unpermute()
+    routing_map = transformer_engine.routing_map_of(plan)
+    place = transformer_engine.places_of(plan)
+    # Its router gives the weights as (T, E), where the experts without the token have zero.
+    weights = torch.zeros_like(routing_map, dtype=torch.float32)
+    weights[place] = inputs.leaves["routing_weights"].float()
+    weights = leaf(weights)
+    shape = (plan.num_tokens, rows.shape[1])
+    row_id_map = permute(rows.new_zeros(shape), routing_map, plan.num_rows)[1]
+
+    def canonical(named: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "drouting_weights" not in named:
+            return named
+        return {**named, "drouting_weights": named["drouting_weights"][place]}
+
+    return Run(
+        lambda: (unpermute(rows, row_id_map, weights, shape),),
+        ("out",),
+        {"rows": [rows], "routing_weights": [weights]},
+        canonical,
+    )
+
+
 def _library(backend: str | None) -> Callable[[Inputs], Run]:
     def build(inputs: Inputs) -> Run:
         # A plan of the library's own making: a backend may carry more in it than its fields.
@@ -111,6 +138,9 @@ STAGE = Stage(
         "index_add": Provider(_plain(index_add), "scaled rows, index_add"),
         "gather_sum": Provider(_plain(gather_sum), "gather by row_indices, scale, sum over K"),
         "embedding_bag": Provider(_plain(embedding_bag), "F.embedding_bag over the rows"),
+        "transformer_engine": Provider(
+            _transformer_engine, "TransformerEngine moe_unpermute", library=True
+        ),
         "reference": Provider(_library("reference"), "moe_kernels, reference backend"),
         **by_backend(_library),
         "ours": Provider(_library(None), "moe_kernels", kind="ours"),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import moe_kernels as mk
 from benchmarks.entry import BY_BACKEND, CPU, Inputs, Provider, Run
+from benchmarks.op_counts import counting
 from moe_kernels.backends import BACKENDS
 
 # Smallest relative gap between the last chosen and the first rejected affinity. fp32 routers err
@@ -128,14 +129,14 @@ def expert_tokens(mask: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def count_experts(chosen: Tensor, experts: int) -> Tensor:
     """Rows of each expert; on a GPU ``bincount`` would wait for it to read the largest index."""
-    if chosen.device.type == "cpu":
+    if chosen.device.type == "cpu" and not counting():
         return torch.bincount(chosen, minlength=experts)
     return (chosen.unsqueeze(1) == torch.arange(experts, device=chosen.device)).sum(0)
 
 
 def count_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
     """Rows of each token, likewise; few rows of a token meet in one addition."""
-    if tokens.device.type == "cpu":
+    if tokens.device.type == "cpu" and not counting():
         return torch.bincount(tokens, minlength=num_tokens)
     return tokens.new_zeros(num_tokens).scatter_add_(0, tokens, torch.ones_like(tokens))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import moe_kernels as mk
 from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.libraries import transformer_engine
 from benchmarks.stages.common import by_backend, generator_on, leaf, normal
 
 
@@ -37,6 +38,13 @@ def _build(
     return build
 
 
+def _transformer_engine(inputs: Inputs) -> Run:
+    x, plan = leaf(inputs.leaves["x"]), inputs.fixed["plan"]
+    permute = transformer_engine.LIBRARY.on(x.device, transformer_engine.permute)
+    routing_map = transformer_engine.routing_map_of(plan)
+    return Run(lambda: permute(x, routing_map, plan.num_rows)[:1], ("rows",), {"x": [x]})
+
+
 def _library(backend: str | None) -> Callable[[Inputs], Run]:
     return _build(lambda x, plan: mk.dispatch(x, plan, backend=backend))
 
@@ -58,6 +66,11 @@ STAGE = Stage(
     {
         "index_select": Provider(
             _build(lambda x, plan: x.index_select(0, plan.token_indices)), "x.index_select"
+        ),
+        "transformer_engine": Provider(
+            _transformer_engine,
+            "TransformerEngine moe_permute, which also makes the row map",
+            library=True,
         ),
         "reference": Provider(_library("reference"), "moe_kernels, reference backend"),
         **by_backend(_library),

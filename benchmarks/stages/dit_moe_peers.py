@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.libraries import ExpertMLP
 from benchmarks.stages.common import count_experts
-from benchmarks.stages.dit_moe_libraries import ExpertMLP
 
 SwiGLU = tuple[Tensor, ...]  # gate, up and down matrices
 Shared = tuple[Tensor, ...]  # both first matrices as one, and the second; or empty
@@ -112,7 +112,10 @@ def with_experts(
     out = experts(flat, weights, chosen.int(), w_in, w_out)
     if shared:
         out = out + _fused_swiglu(flat, *shared)
-    return _with_loss(out.view_as(x), probs, count_experts(chosen.flatten(), probs.shape[1]), top_k)
+    out = out.view_as(x)
+    if not torch.is_grad_enabled():
+        return (out,)  # without counting: the library has counts of its own
+    return _with_loss(out, probs, count_experts(chosen.flatten(), probs.shape[1]), top_k)
 
 
 def _route(flat: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from benchmarks.stages.common import (
     top_mask,
 )
 
+# Unless the shape says otherwise, as "capacity_factor" and "width".
 CAPACITY_FACTOR = 2.0
 WIDTH = 4  # an expert's intermediate size over the hidden size
 
@@ -27,8 +28,8 @@ def make_inputs(
 ) -> Inputs:
     """(B, S, D) tokens, all weights, and a random gradient of the output."""
     batch_size, seq_len, hidden_size, experts = (shape[name] for name in "BSDE")
-    width = WIDTH * hidden_size
-    capacity = mk.expert_capacity(seq_len, experts, CAPACITY_FACTOR)
+    width = _width(shape) * hidden_size
+    capacity = mk.expert_capacity(seq_len, experts, _capacity_factor(shape))
     generator = generator_on(device, seed)
 
     def drawn(*sizes: int, fan_in: int = 1) -> Tensor:
@@ -53,6 +54,14 @@ def make_inputs(
     }
     upstream = {"out": drawn(batch_size, seq_len, hidden_size)}
     return Inputs(leaves, upstream, {"shape": shape, "C": capacity})
+
+
+def _capacity_factor(shape: Shape) -> float:
+    return float(shape.get("capacity_factor", CAPACITY_FACTOR))
+
+
+def _width(shape: Shape) -> int:
+    return int(shape.get("width", WIDTH))
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
@@ -86,11 +95,12 @@ def _compiled(inputs: Inputs) -> Run:
 
 def _library(backend: str | None) -> Callable[[Inputs], Run]:
     def build(inputs: Inputs) -> Run:
-        _, _, hidden_size, experts = (inputs.fixed["shape"][name] for name in "BSDE")
-        router = mk.ExpertChoiceRouter(hidden_size, experts, CAPACITY_FACTOR, device="meta")
+        shape = inputs.fixed["shape"]
+        hidden_size, experts, factor = shape["D"], shape["E"], _capacity_factor(shape)
+        router = mk.ExpertChoiceRouter(hidden_size, experts, factor, device="meta")
         moe = mk.MoE(
             hidden_size,
-            WIDTH * hidden_size,
+            _width(shape) * hidden_size,
             experts,
             router=router,
             activation="gelu_tanh",
@@ -122,8 +132,8 @@ def _library(backend: str | None) -> Callable[[Inputs], Run]:
 def _dense(inputs: Inputs) -> Run:
     """A GELU MLP as wide as the experts that a token passes on average; its own weights."""
     x = leaf(inputs.leaves["x"])
-    hidden_size = x.shape[-1]
-    width = int(CAPACITY_FACTOR * WIDTH * hidden_size)
+    hidden_size, shape = x.shape[-1], inputs.fixed["shape"]
+    width = int(_capacity_factor(shape) * _width(shape) * hidden_size)
     generator = generator_on(x.device)
     weights = {
         "w_in": normal(generator, width, hidden_size, dtype=x.dtype, fan_in=hidden_size),
@@ -143,8 +153,9 @@ def _dense(inputs: Inputs) -> Run:
 def cost(shape: Shape, itemsize: int, mode: str) -> Cost:
     """The activated products; weights and tokens once, in backward also their gradients."""
     batch_size, seq_len, hidden_size, experts = (shape[name] for name in "BSDE")
-    tokens, matrices = batch_size * seq_len * hidden_size, 2 * WIDTH * hidden_size * hidden_size
-    flops = 2 * batch_size * seq_len * (CAPACITY_FACTOR * matrices + experts * hidden_size)
+    tokens, matrices = batch_size * seq_len * hidden_size, 2 * _width(shape) * hidden_size**2
+    activated = _capacity_factor(shape) * matrices
+    flops = 2 * batch_size * seq_len * (activated + experts * hidden_size)
     forward = Cost(flops, itemsize * (experts * matrices + 2 * tokens))
     backward = Cost(2 * flops, itemsize * (2 * experts * matrices + 3 * tokens))
     both = Cost(3 * flops, forward.bytes + backward.bytes)

@@ -96,25 +96,12 @@ def _eager(inputs: Inputs) -> Run:
         weighted = torch.cat(outputs) * plan.routing_weights.unsqueeze(1)
         return torch.zeros_like(leaves["x"]).index_add(0, plan.token_indices, weighted)
 
-    def load_balance_loss() -> Tensor:
-        share = counts * (plan.num_experts / plan.num_rows)
-        return (share * plan.router_probs.mean(0)).sum()
-
-    def router_z_loss() -> Tensor:
-        return plan.router_logits.logsumexp(-1).square().mean()
-
     def router_similarity_loss() -> Tensor:
         probs = plan.router_probs
         mask = torch.zeros_like(probs).scatter_(1, plan.expert_indices.long(), 1.0)
         return (_pair_weights(mask) * (probs.T @ probs)).sum() / plan.num_tokens
 
-    functions = (
-        grouped_gemm,
-        expert_mlp,
-        load_balance_loss,
-        router_z_loss,
-        router_similarity_loss,
-    )
+    functions = (grouped_gemm, expert_mlp, router_similarity_loss)
     return _run({function.__name__: function for function in functions}[op], op, leaves)
 
 

@@ -1,6 +1,7 @@
 """Token-choice routing with everything a layer needs: rows, counts, way back, both losses."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,8 @@ from torch import Tensor
 
 import moe_kernels as mk
 from benchmarks.entry import CPU, Cost, Inputs, Provider, Run, Shape, Stage
+from benchmarks.libraries import transformer_engine
+from benchmarks.libraries.library import Router
 from benchmarks.stages.common import (
     by_backend,
     count_experts,
@@ -19,6 +22,7 @@ from benchmarks.stages.common import (
     separated_tokens,
     top_mask,
 )
+from benchmarks.stages.skew import load, skewed_logits
 
 OUTPUTS = (
     "routing_weights",
@@ -36,19 +40,21 @@ def make_inputs(
 ) -> Inputs:
     """(T, E) logits and random gradients of the weights and both losses."""
     tokens, experts, top_k = shape["T"], shape["E"], shape["K"]
+    skew = shape.get("skew", "uniform")
     generator = generator_on(device, seed)
-    logits = separated_tokens(
-        normal(generator, tokens, experts, dtype=dtype),
-        lambda logits: logits.double().softmax(-1),
-        top_k,
-        generator,
-    )
+    logits = normal(generator, tokens, experts, dtype=dtype)
+    if skew != "uniform":
+        logits = skewed_logits(logits, skew, top_k, generator)
+    logits = separated_tokens(logits, lambda logits: logits.double().softmax(-1), top_k, generator)
     upstream = {
         "routing_weights": normal(generator, tokens * top_k),
         "load_balance_loss": normal(generator),
         "z_loss": normal(generator),
     }
-    return Inputs({"router_logits": logits}, upstream, {"K": top_k})
+    fixed: dict[str, float] = {"K": top_k}
+    if "skew" in shape:
+        fixed["load"] = load(logits, top_k)
+    return Inputs({"router_logits": logits}, upstream, fixed)
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
@@ -88,6 +94,21 @@ def eager(logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
         F.pad(counts.cumsum(0), (1, 0)),
         counts,
         row_indices,
+    )
+
+
+def with_router(router: Router, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """A library's router, its rows sorted and its z-loss computed by PyTorch."""
+    weights, experts, counts, load_balance_loss = router(logits, top_k)
+    order = experts.flatten().argsort(stable=True)
+    return (
+        weights.flatten()[order],
+        load_balance_loss,
+        logits.logsumexp(-1).square().mean(),
+        order // top_k,
+        F.pad(counts.cumsum(0), (1, 0)),
+        counts,
+        torch.empty_like(order).scatter_(0, order, _numbers(order)),
     )
 
 
@@ -151,6 +172,12 @@ def _compiled(inputs: Inputs) -> Run:
     return _plain(torch.compile(eager))(inputs)
 
 
+def _transformer_engine(inputs: Inputs) -> Run:
+    device = inputs.leaves["router_logits"].device
+    router = transformer_engine.LIBRARY.on(device, transformer_engine.router)
+    return _plain(partial(with_router, router))(inputs)
+
+
 def _library(backend: str | None) -> Callable[[Inputs], Run]:
     def build(inputs: Inputs) -> Run:
         logits, top_k = leaf(inputs.leaves["router_logits"]), inputs.fixed["K"]
@@ -175,6 +202,11 @@ STAGE = Stage(
         "eager": Provider(_plain(eager), "softmax, topk, stable argsort, bincount, scatter"),
         "tuned": Provider(_plain(tuned), "the same with byte keys, no softmax, searchsorted"),
         "compiled": Provider(_compiled, "eager under torch.compile", compiled=True),
+        "transformer_engine": Provider(
+            _transformer_engine,
+            "TransformerEngine fused router, rows sorted by PyTorch",
+            library=True,
+        ),
         "reference": Provider(_library("reference"), "moe_kernels, reference backend"),
         **by_backend(_library),
         "ours": Provider(_library(None), "moe_kernels", kind="ours"),

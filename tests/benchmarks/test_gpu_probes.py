@@ -11,9 +11,9 @@ import torch
 from benchmarks.entry import CPU
 from benchmarks.gpu import clock, hardware, probes, runner
 from benchmarks.gpu.calls import Call
-from benchmarks.registry import SUITES
 from benchmarks.runner import Settings
 from benchmarks.stages import STAGES
+from benchmarks.suites import SUITES
 
 SYNC = "called a synchronizing CUDA operation"
 

@@ -11,16 +11,19 @@ from benchmarks import output, run
 from benchmarks.check import judge
 from benchmarks.entry import BY_BACKEND, CPU, FigureGoal, Run
 from benchmarks.gpu import figures, hardware, runner, summary, table
-from benchmarks.registry import SUITES, find_entry
+from benchmarks.libraries import EXPERTS, Experts
+from benchmarks.registry import find_entry
 from benchmarks.registry_gpu import GPU_ENTRIES
 from benchmarks.report import markdown
 from benchmarks.runner import Settings, failed
 from benchmarks.stages import STAGES
 from benchmarks.stages.common import MIN_GAP, gap, generator_on, normal, separated_tokens
+from benchmarks.suites import SUITES
 from moe_kernels.backends import BACKENDS
 
 QUICK = Settings(repeats=5, seconds=0, compiled=False)
-LIBRARIES = {"liger", "moe_ops"}
+ON_CUDA_ONLY = {name for name, known in EXPERTS.items() if known.library.devices == ("cuda",)}
+ON_CUDA_ONLY |= {"transformer_engine"}
 
 
 def small(name: str) -> Any:
@@ -72,7 +75,7 @@ def test_every_provider_is_right_and_timed(smoke):
     assert stages == {entry.stage for entry in GPU_ENTRIES}
     for result in document["entries"]:
         for name, verdict in result["providers"].items():
-            skipped = name in (*LIBRARIES, *BY_BACKEND) or name.endswith("compiled")
+            skipped = name in (*ON_CUDA_ONLY, *BY_BACKEND) or name.endswith("compiled")
             expected = {"skipped"} if skipped else {"ok", "limit"}
             assert verdict["status"] in expected, (result["name"], name, verdict)
         assert result["truth"] == "fp64"
@@ -85,10 +88,16 @@ def test_every_provider_is_right_and_timed(smoke):
     assert "in a graph" in (folder / "results.md").read_text()
 
 
-def test_a_missing_library_is_skipped_with_the_reason(smoke):
-    result = next(r for r in smoke[2]["entries"] if r["stage"] == "dit_moe_layer")
-    for name in LIBRARIES:
-        assert "ModuleNotFoundError: No module named" in result["providers"][name]["reason"]
+def test_a_library_for_gpus_is_skipped_with_the_reason(smoke):
+    verdicts = {
+        name: verdict
+        for result in smoke[2]["entries"]
+        for name, verdict in result["providers"].items()
+        if name in ON_CUDA_ONLY
+    }
+    assert set(verdicts) == ON_CUDA_ONLY
+    for name, verdict in verdicts.items():
+        assert verdict["reason"] == "Unavailable: needs a CUDA device, this is the CPU", name
 
 
 @pytest.mark.parametrize("provider", BY_BACKEND)
@@ -138,7 +147,6 @@ def test_a_backend_that_is_wrong_makes_the_run_fail_and_is_not_timed(monkeypatch
 
 def test_a_library_is_called_as_it_wants_and_compared(monkeypatch):
     """A stand-in with Liger's signature: rows in the order of tokens, weights in fp32."""
-    from benchmarks.stages import dit_moe_libraries as libraries
 
     def experts(x, weights, chosen, w_in, w_out):
         assert weights.dtype == torch.float32
@@ -151,7 +159,10 @@ def test_a_library_is_called_as_it_wants_and_compared(monkeypatch):
             out = out + weights[:, k : k + 1].to(x.dtype) * y
         return out
 
-    monkeypatch.setitem(libraries.EXPERTS, "liger", lambda: experts)
+    known = EXPERTS["liger"]
+    here = replace(known.library, devices=("cpu",))
+    stand_in = replace(known, library=here, experts=Experts(lambda: experts, "a stand-in"))
+    monkeypatch.setitem(EXPERTS, "liger", stand_in)
     entry = small("gpu_dit_moe_layer/T8192-D1152-E8-K2")
     result = runner.run_entry(entry, runner.Bench.on(CPU, replace(QUICK, modes=("both",))))
     assert result["providers"]["liger"]["status"] == "ok", result["providers"]["liger"]
@@ -274,7 +285,7 @@ def test_texts_show_graphs_memory_and_goals(result):
     weighed(result)
     rows = [" | ".join(row) for row in table.rows(result)]
     assert any("liger | skipped" in row and "not there" in row for row in rows)
-    assert any("3000.0 us" in row and "0 host syncs; 12 kernels, 1 copies" in row for row in rows)
+    assert any("3.00 ms" in row and "0 host syncs; 12 kernels, 1 copies" in row for row in rows)
     assert any("no graph: waits" in row for row in rows)
     assert any("0.5 MiB kept for backward" in row for row in rows)
     lines = list(summary.lines([result]))
@@ -291,8 +302,8 @@ def test_texts_show_graphs_memory_and_goals(result):
     }
     text = markdown(document)
     assert "| both.tflops | >= 400 |" in text
-    assert "not measured: gpu_x (no time)" in text
-    assert "first call of gpu_y, with empty caches: first_s 12.0" in text
+    assert "| gpu_x | no time |" in text
+    assert "- gpu_y on the GPU, with empty caches: first_s 12.0" in text
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch, capsys):

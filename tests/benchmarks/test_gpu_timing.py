@@ -13,8 +13,8 @@ from benchmarks.gpu.calls import Call, call_of
 from benchmarks.gpu.clock import HostClock, clock_of
 from benchmarks.gpu.limits import Limits
 from benchmarks.gpu.time_limit import time_limit
-from benchmarks.registry import SUITES
 from benchmarks.stages import STAGES
+from benchmarks.suites import SUITES
 
 
 class FakeDevice:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.models import results
 from benchmarks.models.__main__ import latency_rows, main, sampling_table
 from benchmarks.models.latency import twins
 from benchmarks.models.sampling import DifferentOutputs, compare, pair
@@ -81,3 +82,31 @@ def test_unknown_twins_are_named(capsys):
     with pytest.raises(SystemExit):
         main(["--quick", "--batch", "0"])
     assert "--batch 0; expected at least 1" in capsys.readouterr().err
+
+
+def test_a_run_of_the_suite_gets_sampling_beside_the_published_loop():
+    (sampled,) = results.sampling([1], 0.0, quick=True)
+    low, high = sampled["quartiles"]
+    assert low <= sampled["ratio"] <= high
+    assert sampled["against"] == "published"
+    assert sampled["error"] < 1e-12
+    for name in ("ours", "published"):
+        rate = sampled["images_per_second"][name]
+        assert rate == pytest.approx(1 / 250 / sampled["seconds"][name])
+
+
+def test_a_run_of_the_suite_gets_dense_over_sparse(monkeypatch):
+    def latency(pair, batch_sizes, *, seconds, repeats):
+        (batch_size,) = batch_sizes
+        taken = {"sparse": 0.4 * batch_size, "dense": 0.2 * batch_size}
+        return [{"seconds": taken, "ratio": 2.0, "quartiles": [1.6, 2.5], "rounds": 5}]
+
+    monkeypatch.setattr(results, "latency", latency)
+    one, two = results.latencies(("S",), (1, 2), 0.0)
+    assert one["name"] == two["name"] == "EC-DiT-S/2-8E: one forward"
+    assert (two["batch_size"], two["against"]) == (2, "dense")
+    assert two["seconds"] == {"ours": 0.8, "dense": 0.4}
+    assert two["images_per_second"] == {"ours": 2.5, "dense": 5.0}
+    assert (two["ratio"], two["quartiles"]) == (0.5, [0.4, 0.625])
+    names = [each["name"] for each in results.latencies(("S", "B"), (1,), 0.0)]
+    assert names == ["EC-DiT-S/2-8E: one forward", "EC-DiT-B/2-8E: one forward"]

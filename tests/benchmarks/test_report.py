@@ -1,10 +1,10 @@
-"""The report's text, the comparison of runs, and folders that are not overwritten."""
+"""The report's text and its command, and folders that are not overwritten."""
 
-import copy
+from pathlib import Path
 
 import pytest
 
-from benchmarks import output, plots, report, run
+from benchmarks import output, report, run
 
 
 def times(**medians):
@@ -54,6 +54,7 @@ DOCUMENT = {
                     "ratios": times(index_add=3.0, embedding_bag=0.9),
                 },
             },
+            "calls": {"index_add": {"mode": "forward", "ops": 7, "device_reads": 1}},
             "memory": {
                 "ours": {"peak_bytes": 2**20, "saved_bytes": 2**19, "gradient_bytes": 2**18},
                 "index_add": {"reason": "killed"},
@@ -84,49 +85,59 @@ def test_report_says_what_matters():
     text = report.markdown(DOCUMENT)
     entry = "combine/token_choice-T2048-D384"
     assert "| cpu | a \\| processor |" in text
-    assert f"| {entry} | forward | index_add | 3000.0 us | 3.00x | 3.00-3.00 | 1e-07 | " in text
+    found = f"| {entry} | forward | index_add | 3.00 ms | 3.00x | 3.00-3.00 | 1e-07 | 7 | 1 | "
+    assert found in text
     assert "goal >= 2.8x: met" in text
-    assert "limit 500.0 us (50%)" in text
+    assert "limit 500 us (50%)" in text
     assert f"| {entry} | all | gather_sum | wrong |" in text
-    assert f"- {entry}, forward: embedding_bag takes 0.90 of our time" in text
+    slower = f"| {entry} | forward | 1.00 ms | embedding_bag | 900 us | 0.90x (0.90-0.90) |"
+    assert slower in text
     assert "1 of 2 met" in text
-    assert f"| {entry} | memory | index_add | <= 0.5 of it | 1.00x | **missed** |" in text
+    assert f"| {entry} | memory, index_add | <= 0.5 of it | 1.00x | **missed** |" in text
     assert "0.5 MiB kept for backward; 0.2 MiB gradients" in text
-    assert text.rstrip().endswith("```\npython -m benchmarks.run --only combine\n```")
-    assert "Interrupted" not in text
+    assert "```\npython -m benchmarks.run --only combine\n```" in text
+    assert "interrupted" not in text
+
+
+def test_pictures_stand_with_their_section():
+    names = ("combine", "combine-2", "combine-cuda", "combine_skew")
+    text = report.markdown(DOCUMENT, [Path(f"x/{name}.png") for name in names])
+    assert "![combine](combine.png)" in text
+    assert "![combine-2](combine-2.png)" in text
+    assert "combine-cuda.png" not in text
+    assert "combine_skew.png" not in text
 
 
 def test_an_interrupted_run_says_so():
-    assert "Interrupted" in report.markdown({**DOCUMENT, "complete": False, "entries": []})
-
-
-def test_compare_shows_our_change_and_that_of_the_peers():
-    after = copy.deepcopy(DOCUMENT)
-    after["entries"][0]["modes"]["forward"]["times"] = times(
-        index_add=6e-3, embedding_bag=18e-4, ours=5e-4
-    )
-    text = report.compare(DOCUMENT, after)
-    assert text.splitlines()[1].split() == [
-        "combine/token_choice-T2048-D384",
-        "forward",
-        "1000.0",
-        "us",
-        "500.0",
-        "us",
-        "0.50x",
-        "2.00x",
-    ]
-    assert "nothing" in report.compare({"entries": []}, DOCUMENT) or "no entry" in report.compare(
-        {"entries": []}, DOCUMENT
-    )
+    assert "interrupted" in report.markdown({**DOCUMENT, "complete": False, "entries": []})
 
 
 def test_report_command_reads_a_folder(tmp_path, capsys):
     output.write(tmp_path, DOCUMENT)
+    (tmp_path / "combine.png").write_bytes(b"")
     assert report.main([str(tmp_path)]) == 0
-    assert "embedding_bag takes 0.90" in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert "embedding_bag | 900 us" in text
+    assert "![combine](combine.png)" in text
     assert report.main(["--compare", str(tmp_path), str(tmp_path / "results.json")]) == 0
     assert "1.00x" in capsys.readouterr().out
+
+
+def test_a_file_of_another_name_has_its_report_beside_it(tmp_path):
+    (tmp_path / "gpu-1.json").write_text(output.text(DOCUMENT))
+    (tmp_path / "gpu-1-combine.png").write_bytes(b"")
+    (tmp_path / "gpu-2-combine.png").write_bytes(b"")
+    assert report.main([str(tmp_path / "gpu-1.json")]) == 0
+    text = (tmp_path / "gpu-1.md").read_text()
+    assert "![combine](gpu-1-combine.png)" in text
+    assert "gpu-2" not in text
+
+
+def test_what_is_no_result_is_said(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_results_are_not_overwritten(tmp_path, capsys):
@@ -154,19 +165,7 @@ def test_a_bad_selection_is_explained(arguments, words, capsys):
 
 
 def test_list_prints_the_entries_and_measures_nothing(capsys):
-    assert run.main(["--list", "--only", "^combine/"]) == 0
+    assert run.main(["--list", "--suite", "cpu", "--only", "^combine/"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert all(line.startswith("combine/") and "ours" in line for line in lines)
-
-
-def test_plots_are_drawn(tmp_path):
-    (path,) = plots.draw(tmp_path, DOCUMENT["entries"])
-    assert path.name == "combine.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_plots_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"\[bench\]"):
-        plots.draw(tmp_path, DOCUMENT["entries"])

@@ -12,9 +12,10 @@ import torch
 from benchmarks import output, run
 from benchmarks.check import judge
 from benchmarks.environment import ROOT, served_by
-from benchmarks.registry import ENTRIES, SUITES
+from benchmarks.registry import ENTRIES
 from benchmarks.runner import Settings, failed, run_entry
 from benchmarks.stages import STAGES
+from benchmarks.suites import SUITES
 from moe_kernels.backends import OPS
 
 QUICK = ("--repeats", "5", "--seconds", "0", "--no-plots")
@@ -68,7 +69,8 @@ def test_the_header_says_what_ran(smoke):
 def test_the_report_is_beside_the_results(smoke):
     text = (smoke[1] / "results.md").read_text()
     for entry in ENTRIES:
-        assert entry.name in text
+        if entry.modes:  # at a tiny shape memory is not measured
+            assert entry.name in text
 
 
 def test_compiled_providers_run(tmp_path, monkeypatch):
@@ -83,8 +85,7 @@ def test_compiled_providers_run(tmp_path, monkeypatch):
         assert result["providers"]["compiled"]["status"] == "ok", result["providers"]
 
 
-def test_suites_select_entries():
-    assert SUITES["cpu"] == ENTRIES
+def test_entries_are_complete():
     names = [entry.name for entry in ENTRIES]
     assert len(set(names)) == len(names)
     for entry in ENTRIES:
@@ -141,6 +142,7 @@ def test_a_wrong_provider_is_never_timed(monkeypatch, index, wrong):
     assert failed(result)
     assert result["modes"] == {}
     assert result["providers"]["ours"]["reason"]
+    json.dumps(result, allow_nan=False)
 
 
 def test_a_wrong_peer_is_named_and_left_out(monkeypatch):
