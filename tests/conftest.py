@@ -16,6 +16,9 @@ from . import parts
 # with two threads took 8 ms when the second core was busy.
 if parts.RUNNING > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(parts.share_of_cores(parts.RUNNING)))
+# Where bits are compared, PyTorch's products must not depend on where matrices lie in memory. MKL's
+# do on some processors (AMD EPYC), but not in this mode, which it reads at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import torch  # which reads the number of threads
 

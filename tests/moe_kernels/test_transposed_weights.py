@@ -130,7 +130,7 @@ def test_what_is_a_transposed_view():
         assert not is_transposed(other)
 
 
-def test_other_strides_are_copied_and_give_the_bits_of_contiguous_weights(serving):
+def test_other_strides_give_the_results_of_contiguous_weights(serving):
     plan = cases.ragged_plan((3, 0, 8))
     tensors = make_tensors(plan, 9, 11, "swiglu", torch.float32)
     wide = {name: torch.full((*tensors[name].shape, 2), NAN) for name in BOTH}
@@ -143,7 +143,11 @@ def test_other_strides_are_copied_and_give_the_bits_of_contiguous_weights(servin
         return cases.results(plan, inputs, upstream, "swiglu", serving, make=lambda t: t.detach())
 
     plain = run({name: tensors[name] for name in BOTH})
-    cases.assert_same_bits(run({name: buffer[..., 1] for name, buffer in wide.items()}), plain)
+    found = run({name: buffer[..., 1] for name, buffer in wide.items()})
+    if serving == "reference":  # PyTorch multiplies, and may go another way for other strides
+        cases.assert_accurate(found, plan, tensors, upstream, "swiglu")
+    else:
+        cases.assert_same_bits(found, plain)
 
 
 class Experts(torch.nn.Module):
