@@ -19,7 +19,7 @@ from benchmarks.gpu import hardware
 from moe_kernels.backends import OPS, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-ISA_FLAGS = ("avx2", "avx512f", "amx_bf16")
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def served_by(op: str, device: torch.device = CPU) -> str:

@@ -147,6 +147,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isas", &usable_isas);
   module.def("isa", [] { return active_isa; });
   module.def("use_isa", &use_isa);
+  module.def("gemm_bf16", [] { return reinterpret_cast<Address>(kernels->gemm_bf16()); });
   module.def("set_blas", [](Address f32, Address f64, Address bf16, Address set_threads) {
     blas = {reinterpret_cast<Blas::Gemm>(f32), reinterpret_cast<Blas::Gemm>(f64),
             reinterpret_cast<Blas::Gemm>(bf16), reinterpret_cast<int (*)(int)>(set_threads)};

@@ -10,7 +10,7 @@
 namespace moe {
 
 // The matrix products are done by the BLAS that PyTorch already loaded; Python hands over the
-// addresses (moe_kernels/backends/cpu/blas.py). There is no product of our own.
+// addresses (moe_kernels/backends/cpu/products.py). The only product of our own is gemm_bf16.cpp's.
 // Fortran calling convention with 32-bit integers, column-major.
 struct Blas {
   using Gemm = void (*)(const char* trans_a, const char* trans_b, const int* m, const int* n,
@@ -196,6 +196,7 @@ struct Kernels {
   void (*expert_mlp_bwd)(const ExpertMlpBwdArgs&);
   void (*grouped_gemm_fwd)(const GroupedGemmArgs&);
   void (*grouped_gemm_bwd)(const GroupedGemmArgs&);
+  Blas::Gemm (*gemm_bf16)();  // null where the processor cannot multiply pairs
 };
 
 namespace baseline {

@@ -18,12 +18,13 @@ void expert_mlp_fwd(const ExpertMlpFwdArgs&);
 void expert_mlp_bwd(const ExpertMlpBwdArgs&);
 void grouped_gemm_fwd(const GroupedGemmArgs&);
 void grouped_gemm_bwd(const GroupedGemmArgs&);
+Blas::Gemm gemm_bf16();
 
 const Kernels& kernels() {
   static constexpr Kernels table = {
       token_choice_fwd, expert_choice_fwd, route_bwd,        affinity_fwd,     similarity_fwd,
       similarity_bwd,   combine,           gather,           activation_fwd,   activation_bwd,
-      expert_mlp_fwd,   expert_mlp_bwd,    grouped_gemm_fwd, grouped_gemm_bwd,
+      expert_mlp_fwd,   expert_mlp_bwd,    grouped_gemm_fwd, grouped_gemm_bwd, gemm_bf16,
   };
   return table;
 }

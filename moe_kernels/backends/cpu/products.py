@@ -69,12 +69,13 @@ def _symbol(library: ctypes.CDLL, name: str) -> int:
 
 
 def _find_bf16(library: ctypes.CDLL) -> int:
-    """Products of bf16 operands, where the processor has tiles for them.
+    """Products of bf16 operands: by MKL where the processor has tiles for them (AMX), by C++ here
+    where it multiplies pairs of them (AVX512-BF16).
 
-    Without AMX, converting to fp32 is faster.
+    Elsewhere converting to fp32 is faster, and without tiles MKL does nothing else.
     """
     if not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
-        return 0
+        return int(native.gemm_bf16())
     try:
         return _symbol(library, "gemm_bf16bf16f32_")
     except AttributeError:
