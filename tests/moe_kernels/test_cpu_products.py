@@ -121,6 +121,13 @@ def test_a_row_has_the_same_bits_among_others_and_alone(product):
     assert torch.equal(turned, together)
 
 
+def test_what_a_product_before_left_in_memory_is_not_read(product):
+    left, right = surrounded(9, 33), surrounded(33, 20)
+    nan = torch.full((1024, 384), NAN, dtype=torch.bfloat16).T  # is packed, and fills that memory
+    product(nan, torch.full((1024, 64), NAN, dtype=torch.bfloat16), torch.empty(384, 64))
+    assert_sums(product(left, right, torch.empty(9, 20)), left, right)
+
+
 def test_infinity_and_nan_stay_in_their_row_and_column(product):
     left, right = torch.ones(8, 33).bfloat16(), torch.ones(33, 20).bfloat16()
     left[2, 32], right[5, 7] = float("inf"), NAN
