@@ -2,9 +2,11 @@
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.digest import device_of
 from dit_models.atomic import write_bytes
 from dit_models.extras import require
 
@@ -60,6 +62,24 @@ def machine_of(document: dict[str, Any], device: str) -> str:
 def name_for(kind: str, device: str) -> str:
     """File name of a picture; those of a GPU end with ``-cuda``."""
     return f"{kind}{'' if device == 'cpu' else f'-{device}'}.png"
+
+
+def one_for_each_device(
+    kind: str,
+    rows: list[dict[str, Any]],
+    picture: Callable[[Path, list[dict[str, Any]], str], Path],
+    folder: Path,
+    document: dict[str, Any],
+    prefix: str,
+) -> list[Path]:
+    """A ``picture`` of this kind for each device that there are rows of; the paths."""
+    paths = []
+    for device in ("cpu", "cuda"):
+        found = [row for row in rows if device_of(row) == device]
+        if found:
+            path = folder / (prefix + name_for(kind, device))
+            paths.append(picture(path, found, machine_of(document, device)))
+    return paths
 
 
 def entry_words(result: dict[str, Any]) -> str:

@@ -3,32 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digest import device_of
 from benchmarks.plots import bars
 from benchmarks.plots.canvas import (
     HEAD,
     MARGIN,
     SMALL,
     finish,
-    machine_of,
-    name_for,
     new_figure,
+    one_for_each_device,
 )
 
 
 def draw(folder: Path, document: dict[str, Any], prefix: str) -> list[Path]:
     """Write ``compile`` for each device that first calls were timed on."""
-    paths = []
-    for device in ("cpu", "cuda"):
-        found = [
-            row
-            for row in document.get("compile", [])
-            if device_of(row) == device and row.get("first_seconds")
-        ]
-        if found:
-            path = folder / (prefix + name_for("compile", device))
-            paths.append(_picture(path, found, machine_of(document, device)))
-    return paths
+    rows = [row for row in document.get("compile", []) if row.get("first_seconds")]
+    return one_for_each_device("compile", rows, _picture, folder, document, prefix)
 
 
 def _picture(path: Path, rows: list[dict[str, Any]], machine: str) -> Path:

@@ -3,31 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digest import device_of
 from benchmarks.plots import bars
 from benchmarks.plots.canvas import (
     HEAD,
     MARGIN,
     finish,
-    machine_of,
-    name_for,
     new_figure,
+    one_for_each_device,
 )
 
 
 def draw(folder: Path, document: dict[str, Any], prefix: str) -> list[Path]:
     """Write ``models`` for each device that whole models ran on."""
-    paths = []
-    for device in ("cpu", "cuda"):
-        models = [
-            model
-            for model in document.get("models", [])
-            if device_of(model) == device and model.get("images_per_second")
-        ]
-        if models:
-            path = folder / (prefix + name_for("models", device))
-            paths.append(_picture(path, models, machine_of(document, device)))
-    return paths
+    rows = [model for model in document.get("models", []) if model.get("images_per_second")]
+    return one_for_each_device("models", rows, _picture, folder, document, prefix)
 
 
 def _picture(path: Path, models: list[dict[str, Any]], machine: str) -> Path:

@@ -314,7 +314,7 @@ def test_stage_by_stage_is_the_same_layer(name):
         gradients = torch.autograd.grad(outputs, run.flat_leaves, upstream_of(run, inputs, outputs))
         results.append((*outputs, *gradients))
     for ours, by_stage in zip(*results, strict=True):
-        torch.testing.assert_close(by_stage, ours, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(by_stage, ours, rtol=1e-12, atol=1e-12)
 
 
 def device_event(name, start, microseconds, **more):
